@@ -1,0 +1,64 @@
+"""dense: write the taps into their dense window and convolve without dilation. Accepts every pattern."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import lru_cache
+from typing import ClassVar
+
+from torch import Tensor
+
+from adaptconv.backends import costs
+from adaptconv.backends.base import Backend, Config, Space
+from adaptconv.backends.grid import constant, grid_space, picked, run_grid
+from adaptconv.problem import Direction, Problem
+from adaptconv.taps import TapPattern
+
+
+@lru_cache(maxsize=4096)
+def _filled(problem: Problem) -> Problem:
+    """The same problem with a tap at every position of the window."""
+    return replace(problem, taps=TapPattern.grid(problem.taps.window))
+
+
+@lru_cache(maxsize=4096)
+def _expansion(taps: TapPattern) -> tuple[int, ...]:
+    """For every position of the window, the tap that stands there, or -1."""
+    index = {offset: t for t, offset in enumerate(taps.offsets)}
+    return tuple(index.get(p, -1) for p in itertools.product(*map(range, taps.window)))
+
+
+@lru_cache(maxsize=4096)
+def _positions(taps: TapPattern) -> tuple[int, ...]:
+    """For every tap, its row-major position in the window."""
+    return tuple(position for position, t in enumerate(_expansion(taps)) if t >= 0)
+
+
+class Dense(Backend):
+    """Dense-construct: FLOPs grow with the window, but every pattern, stride and direction is served."""
+
+    name: ClassVar[str] = "dense"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "the taps written into a dense window, then torch's convolution; accepts every pattern"
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Never: it is the fallback."""
+        return None
+
+    def space(self, problem: Problem) -> Space:
+        """The knobs of the dense convolution."""
+        return grid_space(_filled(problem))
+
+    def cost(self, problem: Problem, config: Config) -> float:
+        """The dense convolution's, plus writing the window."""
+        filled = _filled(problem)
+        return costs.grid_us(filled, config) + costs.traffic_us(filled.device, 8 * filled.c_out * filled.taps.window_taps)
+
+    def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Expand the weight, or pick the taps out of the dense weight's gradient."""
+        filled = _filled(problem)
+        if problem.direction is Direction.GRAD_WEIGHT:
+            dw = run_grid(filled, config, a, b)
+            return dw.index_select(2, constant(_positions(problem.taps), dw.device))
+        return run_grid(filled, config, a, picked(b, _expansion(problem.taps)), bias)

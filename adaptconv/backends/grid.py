@@ -1,0 +1,238 @@
+"""One regular grid through torch's own convolution: what native, dense and dual share.
+
+Everything here is made of torch operations on whole tensors and traces through torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptconv.backends.base import Config, Knob, Space
+from adaptconv.problem import Direction, Padding, Problem
+from adaptconv.taps import TapPattern
+
+_CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+_NO_DISPATCH_MODE = torch._C._len_torch_dispatch_stack
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A single-grid problem as torch's convolution wants it.
+
+    Attributes:
+        size: taps an axis.
+        dilation: step an axis.
+        padding: zeros (before, after) an axis; negative where the window's border holds no tap and
+            reaches past the padding, so that the input is cropped.
+    """
+
+    size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Padding
+
+    @property
+    def symmetric(self) -> tuple[int, ...] | None:
+        """Padding as torch takes it, or None if it is uneven or negative."""
+        if all(before == after >= 0 for before, after in self.padding):
+            return tuple(before for before, _ in self.padding)
+        return None
+
+    @property
+    def pads(self) -> list[int]:
+        """Padding as ``F.pad`` takes it."""
+        return [zeros for pair in reversed(self.padding) for zeros in pair]
+
+
+@lru_cache(maxsize=4096)
+def _geometry(taps: TapPattern, padding: Padding) -> Geometry | None:
+    grid = taps.single_grid()
+    if grid is None:
+        return None
+    moved = tuple(
+        (before - origin, after - (window - origin - extent))
+        for (before, after), origin, window, extent in zip(padding, grid.origin, taps.window, grid.extent, strict=True)
+    )
+    return Geometry(grid.size, grid.dilation, moved)
+
+
+def geometry(problem: Problem) -> Geometry | None:
+    """The problem's taps as one grid with its own padding; None if they are not one grid."""
+    return _geometry(problem.taps, problem.padding)
+
+
+def grid_space(problem: Problem) -> Space:
+    """Knobs of one grid through torch: layout, padding, and the route a gradient takes."""
+    here = "channels_last" if problem.memory_format is not torch.contiguous_format else "contiguous"
+    other = "contiguous" if here == "channels_last" else "channels_last"
+    knobs = [
+        Knob("layout", ("asis", other), "asis", "memory format torch convolves in; a 1-D problem goes as [N, C, 1, L]"),
+        Knob("pad", ("implicit", "explicit"), "implicit", "let torch pad, or F.pad first and convolve with padding 0"),
+    ]
+    if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is not None:
+        knobs.append(
+            Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward convolution with flipped taps")
+        )
+    if problem.direction is Direction.GRAD_WEIGHT and problem.is_depthwise:
+        knobs.append(
+            Knob("route", ("native", "grouped"), "native", "torch's backward, or one grouped forward convolution of x by dy")
+        )
+    return Space(tuple(knobs))
+
+
+def run_grid(problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Run a single-grid problem in its direction; operands and result as in ``Backend.run``."""
+    if problem.axes == 1 and config["layout"] == "channels_last":
+        return _run_as_2d(problem, config, a, b, bias)
+    grid = geometry(problem)
+    assert grid is not None, "run_grid needs a single grid"
+    memory_format = _working_format(problem, config)
+    if problem.direction is Direction.FORWARD:
+        result = _forward(problem, grid, config, memory_format, a, b, bias)
+    elif problem.direction is Direction.GRAD_INPUT:
+        result = _grad_input(problem, grid, config, memory_format, a, b)
+    else:
+        return _grad_weight(problem, grid, config, memory_format, a, b)
+    return result.contiguous(memory_format=problem.memory_format)
+
+
+def _working_format(problem: Problem, config: Config) -> torch.memory_format:
+    layout = config["layout"]
+    if layout == "asis":
+        return problem.memory_format
+    if layout == "contiguous":
+        return torch.contiguous_format
+    return torch.channels_last if problem.axes == 2 else torch.channels_last_3d
+
+
+def _run_as_2d(problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1-D problem as a 2-D one with a row of height 1, in channels_last."""
+    flat = _as_2d(problem)
+    knobs = Config({**config, "layout": "asis"})
+    if problem.direction is Direction.GRAD_WEIGHT:
+        return run_grid(flat, knobs, a.unsqueeze(2), b.unsqueeze(2))
+    return run_grid(flat, knobs, a.unsqueeze(2), b, bias).squeeze(2).contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _as_2d(problem: Problem) -> Problem:
+    taps = TapPattern(tuple((0, i) for (i,) in problem.taps.offsets), (1, *problem.taps.window))
+    return replace(
+        problem, spatial=(1, *problem.spatial), taps=taps, stride=(1, *problem.stride),
+        padding=((0, 0), *problem.padding), layout="channels_last",
+    )  # fmt: skip
+
+
+def _forward(
+    problem: Problem, grid: Geometry, config: Config, memory_format: torch.memory_format,
+    x: Tensor, w: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    weight = w.reshape(*w.shape[:2], *grid.size).contiguous(memory_format=memory_format)
+    padding = grid.symmetric if config["pad"] == "implicit" else None
+    if padding is None:
+        x, padding = F.pad(x, grid.pads), (0,) * problem.axes
+    x = x.contiguous(memory_format=memory_format)
+    return _CONV[problem.axes](x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
+
+
+def _grad_input(
+    problem: Problem, grid: Geometry, config: Config, memory_format: torch.memory_format, dy: Tensor, w: Tensor
+) -> Tensor:
+    if config.get("route") == "adjoint":
+        adjoint = problem.adjoint()
+        assert adjoint is not None
+        # The working format travels as the adjoint's own layout: its knobs are a forward's.
+        knobs = Config(layout=config["layout"], pad=config["pad"])
+        return run_grid(adjoint, knobs, dy, adjoint_weight(w, problem.groups))
+    weight = w.reshape(*w.shape[:2], *grid.size).contiguous(memory_format=memory_format)
+    dy = dy.contiguous(memory_format=memory_format)
+    padding = grid.symmetric if config["pad"] == "implicit" else None
+    cropped = padding is None
+    spatial = problem.spatial
+    if padding is None:
+        padding = (0,) * problem.axes
+        spatial = tuple(extent + sum(pair) for extent, pair in zip(spatial, grid.padding, strict=True))
+    # Only its shape is read: a stride-0 view stands for the input.
+    x = dy.new_empty(1).expand(problem.batch, problem.c_in, *spatial)
+    dx: Tensor = _backward(problem, grid, dy, x, weight, padding, (True, False, False))[0]
+    return F.pad(dx, [-zeros for zeros in grid.pads]) if cropped else dx
+
+
+def _grad_weight(
+    problem: Problem, grid: Geometry, config: Config, memory_format: torch.memory_format, x: Tensor, dy: Tensor
+) -> Tensor:
+    if config.get("route") == "grouped":
+        return _grad_weight_grouped(problem, grid, memory_format, x, dy)
+    padding = grid.symmetric if config["pad"] == "implicit" else None
+    if padding is None:
+        x, padding = F.pad(x, grid.pads), (0,) * problem.axes
+    x = x.contiguous(memory_format=memory_format)
+    dy = dy.contiguous(memory_format=memory_format)
+    weight = x.new_empty(1).expand(problem.c_out, problem.c_in // problem.groups, *grid.size)
+    dw: Tensor = _backward(problem, grid, dy, x, weight, padding, (False, True, False))[1]
+    return dw.flatten(2)
+
+
+def _grad_weight_grouped(
+    problem: Problem, grid: Geometry, memory_format: torch.memory_format, x: Tensor, dy: Tensor
+) -> Tensor:
+    """dw[c, t] = sum over pixels of x[pixel * stride + t * dilation] dy[pixel]: a forward convolution
+    of x by dy in which stride and dilation change places, one group an image and channel."""
+    batch = problem.batch
+    padded = F.pad(x, grid.pads)
+    source = padded.reshape(1, batch * problem.c_in, *padded.shape[2:]).contiguous(memory_format=memory_format)
+    filters = dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]).contiguous(memory_format=memory_format)
+    padding = (0,) * problem.axes
+    dw = _CONV[problem.axes](source, filters, None, grid.dilation, padding, problem.stride, batch * problem.c_in)
+    for axis, count in enumerate(grid.size):
+        dw = dw.narrow(2 + axis, 0, count)  # a stride that does not divide leaves positions no tap has
+    return dw.reshape(batch, problem.c_out, 1, math.prod(grid.size)).sum(0)
+
+
+def _backward(
+    problem: Problem, grid: Geometry, dy: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int],
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, problem.stride, padding, grid.dilation, False, (0,) * problem.axes, problem.groups, mask
+    )
+    return result
+
+
+def adjoint_weight(w: Tensor, groups: int) -> Tensor:
+    """The compact weight of the adjoint: channels exchanged within each group, taps reversed.
+
+    ``[C_out, C_in/g, T]`` -> ``[C_in, C_out/g, T]``. Offsets are sorted, so mirroring every axis of the
+    window reverses the order of the taps.
+    """
+    outs, ins, taps = w.shape
+    w = w.reshape(groups, outs // groups, ins, taps).transpose(1, 2)
+    return w.reshape(groups * ins, outs // groups, taps).flip(2)
+
+
+def picked(w: Tensor, indices: Sequence[int]) -> Tensor:
+    """Columns of a compact weight by tap index, -1 giving a column of zeros: ``[O, I, len(indices)]``."""
+    taps = w.shape[2]
+    if any(i < 0 for i in indices):
+        w = F.pad(w, (0, 1))
+    return w.index_select(2, constant(tuple(i if i >= 0 else taps for i in indices), w.device))
+
+
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int64 tensor of known values, kept between eager calls; made afresh under a tracing mode,
+    whose tensors must not outlive it."""
+    if _NO_DISPATCH_MODE() == 0 and not torch.compiler.is_compiling():
+        return _constant(values, device)
+    return torch.tensor(values, dtype=torch.long, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.long, device=device)

@@ -1,0 +1,5 @@
+"""torch.compile: graph -> sites -> rewritten graph, and the registered backend."""
+
+from adaptconv.compile.backend import backend
+
+__all__ = ["backend"]

@@ -1,0 +1,104 @@
+"""The torch.compile backend "adaptconv": rewrite the dynamo graph, then stock Inductor."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptconv.compile.rewrite import SiteReport, rewrite
+
+LOG_OPTION = "adaptconv.log"
+Compiled = Callable[..., Any]
+
+
+class SiteLog:
+    """The sites of one optimized model, gathered as its graphs are compiled."""
+
+    _ids = itertools.count()
+
+    def __init__(self) -> None:
+        self.id = next(self._ids)
+        self.graphs = 0
+        self._sites: dict[tuple[str, str, str, object], SiteReport] = {}
+
+    def add(self, reports: Sequence[SiteReport]) -> None:
+        """Note the sites of one more graph; a site compiled again replaces its earlier answer."""
+        self.graphs += 1
+        for report in reports:
+            self._sites[report.where, report.source, report.kind, report.problem] = report
+
+    def clear(self) -> None:
+        """Forget everything: the graphs are about to be compiled anew."""
+        self.graphs = 0
+        self._sites.clear()
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """The sites, in the order in which they were first met."""
+        return list(self._sites.values())
+
+
+_LOGS: weakref.WeakValueDictionary[int, SiteLog] = weakref.WeakValueDictionary()
+
+
+def new_log() -> SiteLog:
+    """A log that the backend can find again by its id."""
+    log = SiteLog()
+    _LOGS[log.id] = log
+    return log
+
+
+class AdaptConvBackend:
+    """A dynamo backend; one instance serves every model, so that equal graphs stay equal."""
+
+    __name__ = "adaptconv"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
+        """Rewrite and compile one graph.
+
+        Args:
+            gm: the dynamo graph.
+            example_inputs: its fake inputs.
+            kwargs: ``mode`` and ``options`` as ``torch.compile`` passes them; others are ignored.
+        """
+        options = dict(kwargs.get("options") or {})
+        log = _LOGS.get(options.pop(LOG_OPTION, -1))
+        if kwargs.get("mode") not in (None, "default"):
+            options = {**torch._inductor.list_mode_options(kwargs["mode"]), **options}
+        reports = rewrite(gm)
+        if log is not None:
+            log.add(reports)
+        missing = _missing_toolchain(example_inputs)
+        if missing:
+            warnings.warn(f"adaptconv: {missing}; the rewritten graph runs uncompiled", RuntimeWarning, stacklevel=2)
+            return gm.forward
+        compiled: Compiled = torch._inductor.compile(gm, list(example_inputs), options=options)
+        return compiled
+
+    def reset(self) -> None:
+        """Nothing is kept between graphs."""
+
+
+def _missing_toolchain(example_inputs: Sequence[Any]) -> str | None:
+    """What Inductor would need on these inputs' devices and does not have, in words."""
+    kinds = {t.device.type for t in example_inputs if isinstance(t, torch.Tensor)}
+    if "cuda" in kinds:
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is not installed, so torch.compile cannot generate GPU code"
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        return "no C++ compiler was found, so torch.compile cannot generate CPU code"
+    return None
+
+
+backend = AdaptConvBackend()

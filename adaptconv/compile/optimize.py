@@ -1,0 +1,145 @@
+"""``optimize``: a model, a class or a function compiled through the adaptconv backend; and the dry run
+that finds a model's sites without compiling anything."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, fx, nn
+
+from adaptconv.compile.backend import LOG_OPTION, SiteLog, backend, new_log
+from adaptconv.compile.sites import Site, find_sites, find_sums
+from adaptconv.errors import AdaptConvError
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+_OPTIMIZED: weakref.WeakKeyDictionary[Any, SiteLog] = weakref.WeakKeyDictionary()
+
+
+class NotOptimizable(AdaptConvError, TypeError):
+    """Something that is neither a module, a module class nor a function."""
+
+
+@overload
+def optimize(model: Target, **compile_options: Any) -> Target: ...
+@overload
+def optimize(model: None = None, **compile_options: Any) -> Callable[[Target], Target]: ...
+def optimize(model: Any = None, **compile_options: Any) -> Any:
+    """Compile with convolutions dispatched from the tuning database.
+
+    Use it as a call, ``fast = adaptconv.optimize(model)``, or as a decorator of a module class or a
+    function, with or without options. Tune first (``adaptconv.tune``) or later: tuning makes the next
+    call compile anew.
+
+    Args:
+        model: an ``nn.Module`` (returned compiled; parameters are shared), a subclass of ``nn.Module``
+            (its instances compile themselves), or a function.
+        compile_options: ``mode``, ``dynamic``, ``fullgraph``, ``options`` as for ``torch.compile``.
+
+    Raises:
+        NotOptimizable: ``model`` is none of those.
+    """
+    if model is None:
+        return functools.partial(optimize, **compile_options)
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return _optimize_class(model, compile_options)
+    if not isinstance(model, nn.Module) and not (callable(model) and not isinstance(model, type)):
+        raise NotOptimizable(
+            f"adaptconv.optimize takes an nn.Module, a subclass of it or a function, got {type(model).__name__}"
+        )
+    log = new_log()
+    compiled = torch.compile(model, **_with_log(compile_options, log))
+    _OPTIMIZED[compiled] = log
+    return compiled
+
+
+def _optimize_class(cls: type[nn.Module], compile_options: dict[str, Any]) -> type[nn.Module]:
+    """Wrap ``__init__`` in place, so that isinstance, super() and pickling see the class they know."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self not in _OPTIMIZED:  # a subclass's own __init__ runs through here once
+            log = new_log()
+            self.compile(**_with_log(compile_options, log))
+            _OPTIMIZED[self] = log
+
+    cls.__init__ = initialise  # type: ignore[method-assign]
+    return cls
+
+
+def _with_log(compile_options: Mapping[str, Any], log: SiteLog) -> dict[str, Any]:
+    """torch.compile's arguments: torch takes a mode or options, not both, so a mode is written out."""
+    kept = dict(compile_options)
+    options = dict(kept.pop("options", None) or {})
+    mode = kept.pop("mode", None)
+    if mode not in (None, "default"):
+        options = {**torch._inductor.list_mode_options(mode), **options}
+    return {**kept, "backend": backend, "options": {**options, LOG_OPTION: log.id}}
+
+
+def log_of(model: Any) -> SiteLog | None:
+    """The site log of an optimized model or function; None if it is not optimized."""
+    try:
+        return _OPTIMIZED.get(model)
+    except TypeError:  # not hashable, or not weakly referable: nothing optimize() returned
+        return None
+
+
+def forget_compiled() -> None:
+    """Make every compiled graph compile anew at its next call, with the plans of today's database."""
+    torch._dynamo.reset()
+    for log in list(_OPTIMIZED.values()):
+        log.clear()
+
+
+def collect_sites(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, train: bool = False
+) -> list[Site]:
+    """The convolution sites a call of the model goes through, found by tracing it; nothing is compiled.
+
+    Sums come before the convolutions they are made of. The model is called once on the inputs: its
+    parameters, buffers, training flag and the random state are left as they were.
+
+    Args:
+        model: a module or function, optimized or not.
+        args, kwargs: example inputs.
+        train: trace with gradients on, so that sites know which gradients training asks for.
+    """
+    sites: list[Site] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for module in gm.modules():
+            if isinstance(module, fx.GraphModule):
+                sites.extend(find_sums(module))
+                sites.extend(find_sites(module))
+        return gm.forward
+
+    plain = getattr(model, "_orig_mod", model)
+    plain = getattr(plain, "_torchdynamo_orig_callable", plain)
+    # A module optimized in place would compile itself inside the trace.
+    call = plain.forward if isinstance(plain, nn.Module) else plain
+    with _untouched(plain), torch.set_grad_enabled(train):
+        traced = torch.compile(call, backend=keep, dynamic=False)
+        traced(*args, **(kwargs or {}))
+    return sites
+
+
+@contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Put back buffers (batch-norm statistics) and random state that a trial call may change."""
+    buffers: list[tuple[Tensor, Tensor]] = []
+    if isinstance(model, nn.Module):
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

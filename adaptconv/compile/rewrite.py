@@ -1,0 +1,190 @@
+"""Rewriting: plan every site of a graph and put the logical op, its plan in the arguments, where it pays."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from adaptconv import ops
+from adaptconv.backends.grid import constant
+from adaptconv.compile.sites import Conv, Site, common_window, find_sites, find_sums, value
+from adaptconv.dispatch import Plan, Source
+from adaptconv.ops import Plans
+from adaptconv.problem import Problem
+
+_LOG = logging.getLogger("adaptconv.compile")
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """What was done with one site, in values that outlive its graph.
+
+    Attributes:
+        where: module path in the model.
+        source: "file:line".
+        kind: "conv", "sum of 2 convs".
+        rewritten: whether the op took its place.
+        reason: why it was left as it was, or "".
+        problem: the FORWARD problem; None where there is none.
+        plans: the plans of the directions it needs; None likewise.
+        dynamic: whether its plan is made at run time.
+    """
+
+    where: str
+    source: str
+    kind: str
+    rewritten: bool
+    reason: str
+    problem: Problem | None
+    plans: Plans | None
+    dynamic: bool = False
+
+
+def rewrite(gm: fx.GraphModule) -> list[SiteReport]:
+    """Rewrite a dynamo graph in place, child graphs included; a site that fails is left as it was."""
+    reports: list[SiteReport] = []
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            reports += _rewrite_one(module)
+    return reports
+
+
+def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
+    reports = []
+    taken: set[fx.Node] = set()
+    for site in find_sums(gm):
+        report = _guarded(gm, site)
+        if report.rewritten:
+            taken.update(member.node for member in site.members)
+            reports.append(report)
+    for site in find_sites(gm):
+        if site.result not in taken and not any(m.node in taken for m in site.members):
+            reports.append(_guarded(gm, site))
+    if any(report.rewritten for report in reports):
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+    return reports
+
+
+def _guarded(gm: fx.GraphModule, site: Site) -> SiteReport:
+    """Plan and replace one site; nothing unexpected in here may cost the user their model."""
+    try:
+        return _one(gm, site)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: leave the node, say so once
+        text = f"adaptconv left {site.where or site.source or site.result} as it was: {type(error).__name__}: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return _report(site, False, f"{type(error).__name__}: {error}", None)
+
+
+def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
+    if site.problem is None:
+        return _report(site, False, site.reason, None)
+    plans = ops.plan_all(site.problem, site.grad_input, site.grad_weight)
+    _LOG.debug("%s %s at %s:\n%s", site.kind, site.where, site.source, plans.forward)
+    if len(site.members) > 1 and not _sum_pays(plans):
+        return _report(site, False, "the sum as written is as fast as any single call known", plans)
+    if plans.plain:
+        _settle_op(site, plans)
+        return _report(site, False, "native is the plan", plans)
+    _replace(gm, site, ops.auto_plan() if site.dynamic else plans.text)
+    return _report(site, True, "", plans)
+
+
+def _settle_op(site: Site, plans: Plans) -> None:
+    """Write the resolved plan into an op that is already in the graph."""
+    conv = site.members[0]
+    if conv.compact and not site.dynamic:
+        conv.node.args = (*conv.node.args[:7], plans.text)
+
+
+def _sum_pays(plans: Plans) -> bool:
+    """Whether one call beats the sum as written; adding up grids natively *is* the sum as written."""
+    needed = [p for p in (plans.forward, plans.grad_input, plans.grad_weight) if p is not None]
+    return any(p.choice.backend != "dual" for p in needed) and all(_sum_no_worse(p) for p in needed)
+
+
+def _sum_no_worse(plan: Plan) -> bool:
+    return plan.source is not Source.FALLBACK
+
+
+def _report(site: Site, rewritten: bool, reason: str, plans: Plans | None) -> SiteReport:
+    return SiteReport(
+        site.where, site.source, site.kind, rewritten, reason, site.problem, plans, site.dynamic and rewritten
+    )
+
+
+def _replace(gm: fx.GraphModule, site: Site, plan: str) -> None:
+    assert site.taps is not None and site.problem is not None
+    graph = gm.graph
+    first = site.members[0]
+    with graph.inserting_before(site.result):
+        weight = _compact(graph, first) if len(site.members) == 1 else _merged_weight(graph, site)
+        bias = first.bias if len(site.members) == 1 else _merged_bias(graph, site)
+        flat = [zeros for pair in site.padding for zeros in pair]
+        node = graph.call_function(
+            torch.ops.adaptconv.conv.default,
+            (first.x, weight, bias, str(site.taps), list(first.stride), flat, first.groups, plan),
+        )
+    node.meta = dict(site.result.meta)
+    site.result.replace_all_uses_with(node)
+    graph.erase_node(site.result)
+
+
+def _derived(graph: fx.Graph, target: object, args: tuple[object, ...], like: fx.Node, example: Tensor) -> fx.Node:
+    node = graph.call_function(target, args)  # type: ignore[arg-type]
+    node.meta = {**like.meta, "example_value": example}
+    return node
+
+
+def _compact(graph: fx.Graph, conv: Conv) -> fx.Node:
+    if conv.compact:
+        return conv.weight
+    return _derived(graph, torch.flatten, (conv.weight, 2), conv.weight, value(conv.weight).flatten(2))
+
+
+def _merged_weight(graph: fx.Graph, site: Site) -> fx.Node:
+    """The sum's compact weight: every member's columns, placed on the union's taps and added."""
+    merged = common_window(site.members)
+    assert merged is not None
+    union, _, moved = merged
+    index = {offset: t for t, offset in enumerate(union.offsets)}
+    total: fx.Node | None = None
+    for member, offsets in zip(site.members, moved, strict=True):
+        own = {index[offset]: t for t, offset in enumerate(offsets)}
+        columns = [own.get(t, -1) for t in range(len(union))]
+        compact = _compact(graph, member)
+        placed = _derived(
+            graph, torch.ops.adaptconv.place.default, (compact, columns), member.weight,
+            place(value(compact), columns),
+        )  # fmt: skip
+        if total is None:
+            total = placed
+        else:
+            total = _derived(graph, torch.add, (total, placed), member.weight, value(placed))
+    assert total is not None
+    return total
+
+
+def _merged_bias(graph: fx.Graph, site: Site) -> fx.Node | None:
+    total = site.members[0].bias
+    for member in site.members[1:]:
+        if total is not None and member.bias is not None:
+            total = _derived(graph, torch.add, (total, member.bias), member.bias, value(member.bias))
+    return total
+
+
+def place(weight: Tensor, columns: list[int]) -> Tensor:
+    """Columns of a compact weight by index, zeros for -1: ``[O, I, T]`` -> ``[O, I, len(columns)]``."""
+    padded = torch.nn.functional.pad(weight, (0, 1))
+    index = constant(tuple(c if c >= 0 else weight.shape[2] for c in columns), weight.device)
+    return padded.index_select(2, index)
+
+
+_LIBRARY = torch.library.Library("adaptconv", "FRAGMENT")
+_LIBRARY.define("place(Tensor weight, int[] columns) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("place", place, "CompositeImplicitAutograd")

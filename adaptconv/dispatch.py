@@ -1,0 +1,287 @@
+"""Dispatch: a Problem in, a Plan out. Pure, memoised, never tunes, never writes, and says why.
+
+Order: pinned -> exact record -> nearest record -> cost model -> native or dense.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from adaptconv import records
+from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named, backend_names
+from adaptconv.backends.base import Value
+from adaptconv.backends.costs import is_modelled
+from adaptconv.backends.native import Native, is_plain
+from adaptconv.errors import BackendRejected, UnknownKnob
+from adaptconv.problem import Direction, Problem
+from adaptconv.records import Record
+
+_LOG = logging.getLogger("adaptconv.dispatch")
+
+NEAREST_WITHIN = 1.0  # log-space distance beyond which a neighbour says nothing
+NEAREST_GAIN = 1.25  # a neighbour's gain over native below which native is kept
+COST_GAIN = 1.5  # a predicted gain over native below which native is kept
+
+
+class Source(str, Enum):
+    """Where a decision came from."""
+
+    PINNED = "pinned"
+    RECORD = "record"
+    NEAREST = "nearest"
+    COST = "cost"
+    FALLBACK = "fallback"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one candidate answered.
+
+    Attributes:
+        backend: its name.
+        accepts: whether it can run the problem.
+        reason: why not, or what speaks for its best configuration.
+        choice: its best predicted configuration; None where it declined.
+        predicted_us: predicted time of that configuration in microseconds; None where not modelled.
+    """
+
+    backend: str
+    accepts: bool
+    reason: str
+    choice: Choice | None = None
+    predicted_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a problem will run, and why.
+
+    Attributes:
+        problem: what is computed.
+        choice: backend, version and configuration.
+        source: which step of dispatch decided.
+        why: that step's reason, in words.
+        record: the record it rests on, if any.
+        plain: whether it is exactly the torch call adaptconv stands in for.
+    """
+
+    problem: Problem
+    choice: Choice
+    source: Source
+    why: str
+    record: Record | None = None
+    plain: bool = field(default=False)
+
+    @property
+    def text(self) -> str:
+        """Canonical short form: what travels inside graphs and caches."""
+        return str(self.choice)
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  plan: {self.choice}  (source: {self.source}; {self.why})"
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A forced backend and the knobs given with it."""
+
+    backend: str
+    knobs: tuple[tuple[str, Value], ...] = ()
+
+
+_PIN: ContextVar[Pin | None] = ContextVar("adaptconv_pin", default=None)
+current_pin = _PIN.get
+_MEMO: dict[tuple[Problem, Pin | None], Plan] = {}
+_memo_epoch = -1
+
+
+@contextmanager
+def pinned(backend: str, **knobs: Value) -> Iterator[None]:
+    """Force a backend, in every direction, for the calls made inside.
+
+    Args:
+        backend: a registered name, see ``adaptconv.backends()``.
+        knobs: values for some of its knobs; the rest stay at their defaults.
+
+    Raises:
+        UnknownBackend: on entry, if the name is not registered.
+        BackendRejected: by the call inside that the backend declines.
+        UnknownKnob: by the call inside for which a knob or value is not declared.
+    """
+    backend_named(backend)
+    token = _PIN.set(Pin(backend, tuple(sorted(knobs.items()))))
+    try:
+        yield
+    finally:
+        _PIN.reset(token)
+
+
+def plan(problem: Problem) -> Plan:
+    """Decide how a problem runs. The same database and problem always give the same plan."""
+    global _memo_epoch
+    if records.epoch() != _memo_epoch:
+        _MEMO.clear()
+        _memo_epoch = records.epoch()
+    pin = _PIN.get()
+    decided = _MEMO.get((problem, pin))
+    if decided is None:
+        decided = _decide(problem, pin)
+        _MEMO[problem, pin] = decided
+        _LOG.debug("%s", decided)
+    return decided
+
+
+def plan_from_choice(problem: Problem, choice: Choice, source: Source, why: str) -> Plan:
+    """A plan for a choice made elsewhere, checked against this process's backends.
+
+    Raises:
+        UnknownBackend, UnknownKnob: the choice names something not declared here.
+        BackendRejected: the backend declines the problem.
+    """
+    backend = backend_named(choice.backend)
+    reason = backend.rejects(problem)
+    if reason:
+        raise BackendRejected(choice.backend, reason, problem)
+    reason = backend.space(problem).problem_with(choice.config)
+    if reason:
+        raise UnknownKnob(f"backend '{choice.backend}': {reason}")
+    return Plan(problem, choice, source, why, plain=is_plain(problem, choice))
+
+
+def decisions(problem: Problem) -> list[Decision]:
+    """What every registered backend answers to a problem, best predicted configuration included."""
+    answers = []
+    for backend in BACKENDS:
+        reason = backend.rejects(problem)
+        if reason:
+            answers.append(Decision(backend.name, False, reason))
+            continue
+        choice, predicted = _best_predicted(backend, problem)
+        text = "accepts" if math.isnan(predicted) else f"predicted {predicted:,.0f} us as {choice}"
+        answers.append(Decision(backend.name, True, text, choice, None if math.isnan(predicted) else predicted))
+    return answers
+
+
+def explain_problem(problem: Problem) -> str:
+    """Every candidate, what it answered, what the database holds, and what was decided."""
+    decided = plan(problem)
+    lines = [str(decided)]
+    if decided.record is not None:
+        record = decided.record
+        lines.append(
+            f"  measured: {record.p20_us:,.0f} us against native's {record.native_us:,.0f} us "
+            f"on {record.measured_on}, error {record.error:.1e} (native {record.native_error:.1e})"
+        )
+        lines += [f"    rival {rival.choice}: {rival.p20_us:,.0f} us" for rival in record.rivals]
+    for answer in decisions(problem):
+        mark = "*" if answer.backend == decided.choice.backend else "+" if answer.accepts else "-"
+        lines.append(f"  {mark} {answer.backend}: {answer.reason}")
+    return "\n".join(lines)
+
+
+def _decide(problem: Problem, pin: Pin | None) -> Plan:
+    if pin is not None:
+        return _from_pin(problem, pin)
+    exact, notes = _from_record(problem)
+    if exact is not None:
+        return exact
+    nearest, note = _from_neighbours(problem)
+    if nearest is not None:
+        return nearest
+    notes.append(note)
+    return _from_costs(problem, "; ".join(notes))
+
+
+def _from_pin(problem: Problem, pin: Pin) -> Plan:
+    backend = backend_named(pin.backend)
+    reason = backend.rejects(problem)
+    if reason:
+        raise BackendRejected(pin.backend, reason, problem)
+    space = backend.space(problem)
+    declared = {knob.name for knob in space.knobs}
+    elsewhere = {knob.name for d in Direction for knob in backend.space(problem.facing(d)).knobs} - declared
+    config = space.complete({name: value for name, value in pin.knobs if name not in elsewhere})
+    choice = Choice(backend.name, backend.version, config)
+    return Plan(problem, choice, Source.PINNED, "forced by adaptconv.pinned", plain=is_plain(problem, choice))
+
+
+def _usable(problem: Problem, record: Record) -> tuple[Choice | None, str]:
+    """A record's choice if this process can run it as it was measured, and why not otherwise."""
+    choice = Choice(record.backend, record.version, Config(record.config))
+    if record.backend not in backend_names():
+        return None, f"names backend '{record.backend}', which is not registered"
+    backend = backend_named(record.backend)
+    if record.version != backend.version:
+        return None, f"was measured with version {record.version} of '{record.backend}', now {backend.version}"
+    reason = backend.rejects(problem) or backend.space(problem).problem_with(choice.config)
+    return (None, f"its choice does not fit: {reason}") if reason else (choice, "")
+
+
+def _from_record(problem: Problem) -> tuple[Plan | None, list[str]]:
+    hit = records.default_store().lookup(problem)
+    if hit is None:
+        return None, ["no record of this problem"]
+    choice, reason = _usable(problem, hit.record)
+    if choice is None:
+        return None, [f"the {hit.layer} record {reason}"]
+    if not records.is_current(hit.record, torch.device(problem.device.kind)):
+        return None, [f"the {hit.layer} record was measured with another toolchain"]
+    why = f"{hit.layer} database, measured {hit.record.measured_on}"
+    return Plan(problem, choice, Source.RECORD, why, hit.record, is_plain(problem, choice)), []
+
+
+def _from_neighbours(problem: Problem) -> tuple[Plan | None, str]:
+    for distance, hit in records.default_store().neighbours(problem):
+        if distance > NEAREST_WITHIN:
+            break
+        choice, _ = _usable(problem, hit.record)
+        if choice is None:
+            continue
+        gain = hit.record.native_us / hit.record.p20_us if hit.record.p20_us > 0 else 1.0
+        if choice.backend != Native.name and gain < NEAREST_GAIN and not Native().rejects(problem):
+            choice = Native().default(problem)
+        why = f"nearest {hit.layer} record at distance {distance:.2f}, where it gained {gain:.2f}x"
+        return Plan(problem, choice, Source.NEAREST, why, plain=is_plain(problem, choice)), ""
+    return None, "no record near it"
+
+
+def _best_predicted(backend: Backend, problem: Problem) -> tuple[Choice, float]:
+    """A backend's configuration of least predicted time; the default, and nan, where nothing is modelled."""
+    default = backend.default(problem)
+    if not is_modelled(problem.device):
+        return default, math.nan
+    best, best_us = default.config, backend.cost(problem, default.config)
+    for config in backend.space(problem):
+        predicted = backend.cost(problem, config)
+        if predicted < best_us:
+            best, best_us = config, predicted
+    return Choice(backend.name, backend.version, best), best_us
+
+
+def _from_costs(problem: Problem, note: str) -> Plan:
+    native = Native()
+    accepted = [backend for backend in BACKENDS if not backend.rejects(problem)]
+    if not is_modelled(problem.device):
+        choice = accepted[0].default(problem)
+        why = f"{note}; no cost model for {problem.device.kind}"
+        return Plan(problem, choice, Source.FALLBACK, why, plain=is_plain(problem, choice))
+    choice, predicted = min((_best_predicted(backend, problem) for backend in accepted), key=lambda pair: pair[1])
+    why = f"{note}; predicted {predicted:,.0f} us"
+    if not native.rejects(problem):
+        plain = native.default(problem)
+        plain_us = native.cost(problem, plain.config)
+        why += f" against native's {plain_us:,.0f} us"
+        if plain_us < COST_GAIN * predicted:
+            choice, why = plain, f"{why}, too close to leave native"
+    return Plan(problem, choice, Source.COST, why, plain=is_plain(problem, choice))

@@ -1,0 +1,199 @@
+"""Timing: several candidates measured side by side, so that a drifting machine is fair to all of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import torch
+
+Call = Callable[[], object]
+
+_SAMPLE_US = 200.0  # shorter samples drown in clock granularity and in the cost of reading the clock
+_MAX_INNER = 1 << 16
+_COPY_BYTES = {"cpu": 128 << 20}  # past any last-level cache we know of; the default below suits accelerators
+_COPY_BYTES_DEFAULT = 1 << 30
+_GEMM = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long one call takes, over all samples of a run.
+
+    Attributes:
+        p20_us: 20th percentile in microseconds: what a call costs when nothing disturbs it.
+        median_us: the median in microseconds.
+        p80_us: 80th percentile in microseconds; its distance from ``p20_us`` is the noise.
+        min_us: the fastest sample in microseconds.
+        rounds: how many samples were taken.
+    """
+
+    p20_us: float
+    median_us: float
+    p80_us: float
+    min_us: float
+    rounds: int
+
+    @staticmethod
+    def of(samples_us: Sequence[float]) -> Timing:
+        """Summarise samples in microseconds.
+
+        Raises:
+            ValueError: there are no samples.
+        """
+        if not samples_us:
+            raise ValueError("a timing needs at least one sample")
+        ranked = sorted(samples_us)
+        return Timing(
+            _quantile(ranked, 0.2), _quantile(ranked, 0.5), _quantile(ranked, 0.8), ranked[0], len(ranked)
+        )  # fmt: skip
+
+
+def interleave(
+    candidates: Mapping[str, Call],
+    *,
+    budget_s: float,
+    device: torch.device,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    warmup: int = 1,
+) -> dict[str, Timing]:
+    """Time candidates in rounds, every one once a round: A B C, C B A, A B C, ...
+
+    Whatever drifts (clock frequency, temperature, neighbours on the machine) then meets all of them
+    alike, and turning the order around every other round cancels what a candidate leaves in the
+    caches for the next. A call shorter than about 200 us is repeated inside its sample, so that the
+    grain of the clock does not matter; the number of repeats is settled once for each candidate.
+
+    Args:
+        candidates: what to time, by name; results are discarded.
+        budget_s: seconds of wall time after which no further round starts, warm-up included.
+        device: where the candidates run: CUDA devices are timed by events, others by the clock.
+        min_rounds: rounds to finish even when the budget is spent.
+        max_rounds: rounds after which to stop even when budget is left.
+        warmup: calls of each candidate before anything is timed.
+
+    Returns:
+        A timing by candidate name, in the order of ``candidates``.
+
+    Raises:
+        ValueError: a negative budget or warm-up, no round to run, or more rounds demanded than allowed.
+        Exception: whatever a candidate raises.
+    """
+    if budget_s < 0 or warmup < 0 or not 1 <= min_rounds <= max_rounds:
+        raise ValueError(
+            "interleave needs budget_s >= 0, warmup >= 0 and 1 <= min_rounds <= max_rounds, got "
+            f"budget_s={budget_s}, warmup={warmup}, min_rounds={min_rounds}, max_rounds={max_rounds}"
+        )
+    if not candidates:
+        return {}
+    sample = _sampler(device)
+    deadline_ns = perf_counter_ns() + int(budget_s * 1e9)
+    with _no_collection():
+        for call in candidates.values():
+            for _ in range(warmup):
+                call()
+        inner = {name: _repeats(call, sample) for name, call in candidates.items()}
+        samples: dict[str, list[float]] = {name: [] for name in candidates}
+        order = list(candidates)
+        for done in range(max_rounds):
+            if done >= min_rounds and perf_counter_ns() >= deadline_ns:
+                break
+            for name in order if done % 2 == 0 else reversed(order):
+                samples[name].append(sample(candidates[name], inner[name]) / inner[name])
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def machine_limits(device: torch.device, budget_s: float = 1.0) -> dict[str, float]:
+    """Measure what bounds any kernel here: memory traffic and arithmetic.
+
+    Args:
+        device: the device to load.
+        budget_s: seconds to spend, about half on each measurement.
+
+    Returns:
+        ``copy_gb_s``: 10^9 bytes a second through memory in a large copy, bytes read and bytes
+        written both counted; ``gemm_gflop_s``: 10^9 floating-point operations a second in a float32
+        product of two 1024x1024 matrices, under the precision flags torch has now. Both come from
+        the fastest sample: they are limits, not averages.
+    """
+    count = _COPY_BYTES.get(device.type, _COPY_BYTES_DEFAULT) // 4
+    source = torch.ones(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    a = torch.rand(_GEMM, _GEMM, dtype=torch.float32, device=device)
+    b, product = torch.rand_like(a), torch.empty_like(a)
+    # One after the other: a copy between two products would time the product with cold caches.
+    copy = interleave({"copy": lambda: target.copy_(source)}, budget_s=budget_s / 2, device=device)["copy"]
+    with torch.no_grad():
+        gemm = interleave({"gemm": lambda: torch.mm(a, b, out=product)}, budget_s=budget_s / 2, device=device)["gemm"]
+    return {
+        "copy_gb_s": 2 * 4 * count / (copy.min_us * 1e3),
+        "gemm_gflop_s": 2 * _GEMM**3 / (gemm.min_us * 1e3),
+    }
+
+
+Sampler = Callable[[Call, int], float]
+
+
+def _sampler(device: torch.device) -> Sampler:
+    """What measures ``inner`` calls in a row, in microseconds for all of them."""
+    if device.type == "cuda":
+        return lambda call, inner: _event_sample(call, inner, device)
+    return _clock_sample
+
+
+def _clock_sample(call: Call, inner: int) -> float:
+    start = perf_counter_ns()
+    for _ in range(inner):
+        call()
+    return (perf_counter_ns() - start) / 1e3
+
+
+def _event_sample(call: Call, inner: int, device: torch.device) -> float:
+    with torch.cuda.device(device):  # events are recorded on the current stream of the current device
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(inner):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3
+
+
+def _repeats(call: Call, sample: Sampler) -> int:
+    """How many calls fill a sample, growing until one does: a single short call cannot tell."""
+    inner = 1
+    while inner < _MAX_INNER:
+        taken = sample(call, inner)
+        if taken >= _SAMPLE_US:
+            break
+        wanted = math.ceil(inner * _SAMPLE_US / taken) if taken > 0 else 10 * inner
+        # At least twice, or a sample just short of the mark would be taken again and again; at most
+        # ten times, because the first of many short calls can be far slower than the rest.
+        inner = min(max(wanted, 2 * inner), 10 * inner, _MAX_INNER)
+    return inner
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's cycle collector from running inside one candidate's sample."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _quantile(ranked: Sequence[float], fraction: float) -> float:
+    """Linear interpolation between the two nearest ranks."""
+    place = fraction * (len(ranked) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ranked) - 1)
+    return ranked[below] + (ranked[above] - ranked[below]) * (place - below)

@@ -1,0 +1,436 @@
+"""TapPattern: where the taps of a convolution kernel sit inside its window, and the algebra on it.
+
+A pattern is a set of integer offsets in a dense window of 1 to 3 axes. It knows nothing of weights,
+tensors or devices, and imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from adaptconv.errors import ConvArgumentError
+
+Offset = tuple[int, ...]
+MAX_AXES = 3
+_STEPS_TRIED = {1: 12, 2: 6, 3: 4}  # dilations tried an axis when covering a pattern with grids
+_STARTS_TRIED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A regular lattice of taps inside a window.
+
+    Attributes:
+        origin: offset of the first tap, one integer an axis.
+        size: taps along each axis.
+        dilation: step between neighbouring taps along each axis (1 where ``size`` is 1).
+        taps: for each lattice point in row-major order, the index of the tap of the pattern that
+            it carries, or -1 where an earlier grid of the same cover already carries it (its
+            weight in this grid is then zero).
+    """
+
+    origin: Offset
+    size: Offset
+    dilation: Offset
+    taps: tuple[int, ...]
+
+    @property
+    def extent(self) -> Offset:
+        """Dense extent of the lattice along each axis: ``(size - 1) * dilation + 1``."""
+        return tuple((s - 1) * d + 1 for s, d in zip(self.size, self.dilation, strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TapPattern:
+    """A set of taps in a window.
+
+    Attributes:
+        offsets: unique, sorted integer tuples, each inside ``window``.
+        window: dense extent along each axis (1 to 3 axes), so that padding means what torch means.
+
+    Raises:
+        ConvArgumentError: an offset outside the window, repeated, or of the wrong rank; a window
+            that is empty or has no or more than three axes.
+    """
+
+    offsets: tuple[Offset, ...]
+    window: Offset
+    _hash: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        window = tuple(int(extent) for extent in self.window)
+        if not 1 <= len(window) <= MAX_AXES or any(extent < 1 for extent in window):
+            raise ConvArgumentError(
+                f"a tap window needs 1 to {MAX_AXES} axes of at least one position each, got {self.window!r}"
+            )
+        offsets = tuple(sorted(tuple(int(i) for i in offset) for offset in self.offsets))
+        for offset in offsets:
+            if len(offset) != len(window):
+                raise ConvArgumentError(
+                    f"tap {offset} has {len(offset)} coordinates but the window {window} has {len(window)} axes"
+                )
+            if not all(0 <= i < extent for i, extent in zip(offset, window, strict=True)):
+                raise ConvArgumentError(
+                    f"tap {offset} lies outside its window {window}: coordinates must be in [0, extent)"
+                )
+        if len(set(offsets)) != len(offsets):
+            repeated = next(a for a, b in itertools.pairwise(offsets) if a == b)
+            raise ConvArgumentError(f"tap {repeated} appears more than once; taps must be unique")
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "_hash", hash((offsets, window)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, TapPattern):
+            return NotImplemented
+        return self._hash == other._hash and self.window == other.window and self.offsets == other.offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    # ---- constructors -------------------------------------------------------------------------
+
+    @staticmethod
+    def grid(size: int | Sequence[int], dilation: int | Sequence[int] = 1, *, axes: int | None = None) -> TapPattern:
+        """One regular grid: the taps of an ordinary or dilated kernel.
+
+        Args:
+            size: taps along each axis; an int needs ``axes``.
+            dilation: step between taps, an int or one an axis.
+            axes: number of axes when ``size`` is an int (default 1).
+        """
+        sizes = _per_axis(size, (axes or 1) if isinstance(size, int) else len(size), "size")
+        dilations = _per_axis(dilation, len(sizes), "dilation")
+        return _grid(sizes, dilations)
+
+    @staticmethod
+    def partial(
+        island: int | Sequence[int],
+        wing: int | Sequence[int],
+        dilation: int | Sequence[int],
+        *,
+        axes: int | None = None,
+    ) -> TapPattern:
+        """A dense island with dilated wings: the union of two centred grids.
+
+        Args:
+            island: odd width of the dense part along each axis.
+            wing: dilated taps on each side of the centre that lie outside the island, each axis.
+            dilation: step between the taps of the dilated grid, each axis.
+            axes: number of axes when every setting is an int (default 1).
+
+        Example: ``partial(island=3, wing=4, dilation=2)`` is ``101010111010101`` with its ends:
+        the dilated grid through the centre continues until ``wing`` taps stand outside the island.
+        """
+        lengths = [len(v) for v in (island, wing, dilation) if not isinstance(v, int)]
+        rank = lengths[0] if lengths else (axes or 1)
+        islands = _per_axis(island, rank, "island")
+        wings = _per_axis(wing, rank, "wing", least=0)
+        dilations = _per_axis(dilation, rank, "dilation")
+        if any(width % 2 == 0 for width in islands):
+            raise ConvArgumentError(f"the island of a partially dilated kernel must be odd on every axis, got {islands}")
+        halves = [width // 2 for width in islands]
+        reach = [half // d + w for half, d, w in zip(halves, dilations, wings, strict=True)]
+        radius = [max(half, r * d) for half, r, d in zip(halves, reach, dilations, strict=True)]
+        dense = itertools.product(*(range(c - h, c + h + 1) for c, h in zip(radius, halves, strict=True)))
+        wide = itertools.product(
+            *(range(c - r * d, c + r * d + 1, d) for c, r, d in zip(radius, reach, dilations, strict=True))
+        )
+        return TapPattern(tuple(set(dense) | set(wide)), tuple(2 * c + 1 for c in radius))
+
+    @staticmethod
+    def from_mask(mask: Any) -> TapPattern:
+        """The non-zero positions of a mask (nested sequences, a NumPy array or a tensor, 1 to 3 axes)."""
+        nested = mask.tolist() if hasattr(mask, "tolist") else mask
+        window: list[int] = []
+        level = nested
+        while isinstance(level, (list, tuple)):
+            window.append(len(level))
+            level = level[0] if level else 0
+        offsets: list[Offset] = []
+
+        def walk(part: Any, prefix: Offset) -> None:
+            if len(prefix) == len(window):
+                if part:
+                    offsets.append(prefix)
+                return
+            if not isinstance(part, (list, tuple)) or len(part) != window[len(prefix)]:
+                raise ConvArgumentError("a tap mask must be rectangular: every row of an axis has the same length")
+            for i, item in enumerate(part):
+                walk(item, (*prefix, i))
+
+        walk(nested, ())
+        return TapPattern(tuple(offsets), tuple(window))
+
+    @staticmethod
+    def parse(text: str) -> TapPattern:
+        """Read a pattern from text: the inverse of ``str(pattern)``.
+
+        Two forms: a grid, ``"3x3"`` or ``"3x3d2x2"``; or a mask of 0 and 1, rows joined by ``/`` and
+        planes by ``//``, e.g. ``"101010101111101010101"`` or ``"010/111/010"``; a 2-D mask of one row
+        ends in ``/``, a 3-D mask of one plane in ``//``. A lone run of 0 and 1 is always a mask: write
+        a 1-D grid of ten taps as ``"10d1"``.
+        """
+        return _parse(text.strip())
+
+    # ---- algebra ------------------------------------------------------------------------------
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes: 1, 2 or 3."""
+        return len(self.window)
+
+    @property
+    def window_taps(self) -> int:
+        """Positions in the dense window: what dense-construct multiplies."""
+        return math.prod(self.window)
+
+    def union(self, other: TapPattern) -> TapPattern:
+        """Taps of either pattern, the smaller window centred in the larger.
+
+        Raises:
+            ConvArgumentError: different ranks, or windows whose centres do not align.
+        """
+        window, (mine, theirs) = aligned(self, other)
+        return TapPattern(tuple(set(mine) | set(theirs)), window)
+
+    def flipped(self) -> TapPattern:
+        """The pattern mirrored along every axis: the taps of the input gradient at stride 1."""
+        return TapPattern(
+            tuple(tuple(w - 1 - i for i, w in zip(o, self.window, strict=True)) for o in self.offsets), self.window
+        )
+
+    def is_dense(self) -> bool:
+        """Whether every position of the window is a tap."""
+        return len(self.offsets) == self.window_taps
+
+    def single_grid(self) -> Grid | None:
+        """The pattern as one regular grid, or None. The window may extend past the grid."""
+        return _single_grid(self)
+
+    def grids(self, limit: int = 8) -> tuple[Grid, ...] | None:
+        """Cover the pattern with few regular grids (greedy, largest gain first).
+
+        Returns:
+            The grids, every tap owned by exactly one of them; None if more than ``limit`` would be
+            needed. No grid touches a position that is not a tap.
+        """
+        return _cover(self, limit)
+
+    def live(
+        self, spatial: Sequence[int], padding: Sequence[tuple[int, int]], stride: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Indices of the taps that land inside the input for at least one output.
+
+        Args:
+            spatial: input extents.
+            padding: (before, after) zeros an axis.
+            stride: output step an axis.
+        """
+        alive: list[list[bool]] = []
+        for extent, window, (before, after), step in zip(spatial, self.window, padding, stride, strict=True):
+            outputs = (extent + before + after - window) // step + 1
+            row = []
+            for i in range(window):
+                first = max(0, -((i - before) // step))  # first output at or right of the input's edge
+                row.append(first < outputs and first * step + i - before < extent)
+            alive.append(row)
+        return tuple(
+            t for t, offset in enumerate(self.offsets) if all(alive[axis][i] for axis, i in enumerate(offset))
+        )
+
+    def subset(self, indices: Iterable[int]) -> TapPattern:
+        """The taps with these indices, in the same window."""
+        return TapPattern(tuple(self.offsets[i] for i in indices), self.window)
+
+    def __str__(self) -> str:
+        """Canonical text: equal patterns have equal text, and ``parse`` reads it back."""
+        return _text(self)
+
+
+def aligned(*patterns: TapPattern) -> tuple[Offset, list[list[Offset]]]:
+    """Put patterns in one window, centres aligned: the window, and each pattern's moved offsets.
+
+    Raises:
+        ConvArgumentError: ranks differ, or two windows differ by an odd number on some axis.
+    """
+    if len({p.axes for p in patterns}) != 1:
+        raise ConvArgumentError(f"patterns of different ranks cannot be aligned: {[p.window for p in patterns]}")
+    window = tuple(max(extents) for extents in zip(*(p.window for p in patterns), strict=True))
+    moved: list[list[Offset]] = []
+    for p in patterns:
+        slack = [w - mine for w, mine in zip(window, p.window, strict=True)]
+        if any(s % 2 for s in slack):
+            raise ConvArgumentError(
+                f"windows {p.window} and {window} have no common centre: extents must differ by an even number"
+            )
+        moved.append([tuple(i + s // 2 for i, s in zip(o, slack, strict=True)) for o in p.offsets])
+    return window, moved
+
+
+def _per_axis(value: int | Sequence[int], axes: int, name: str, least: int = 1) -> Offset:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) != axes or not all(isinstance(v, int) and v >= least for v in values):
+        raise ConvArgumentError(f"{name} must be an int or {axes} ints of at least {least}, got {value!r}")
+    return values
+
+
+@lru_cache(maxsize=4096)
+def _grid(size: Offset, dilation: Offset) -> TapPattern:
+    offsets = itertools.product(*(range(0, s * d, d) for s, d in zip(size, dilation, strict=True)))
+    return TapPattern(tuple(offsets), tuple((s - 1) * d + 1 for s, d in zip(size, dilation, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> TapPattern:
+    if text and set(text) <= {"0", "1", "/"}:
+        planes = [[[int(c) for c in row] for row in plane.split("/")] for plane in text.rstrip("/").split("//")]
+        if "//" in text:
+            return TapPattern.from_mask(planes)
+        return TapPattern.from_mask(planes[0] if "/" in text else planes[0][0])
+    size_text, _, dilation_text = text.partition("d")
+    try:
+        size = tuple(int(part) for part in size_text.split("x"))
+        dilation = tuple(int(part) for part in dilation_text.split("x")) if dilation_text else (1,) * len(size)
+    except ValueError:
+        raise ConvArgumentError(
+            f"cannot read tap pattern {text!r}: expected a mask such as '10101/11111' or a grid such as '3x3d2x2'"
+        ) from None
+    return TapPattern.grid(size, dilation)
+
+
+@lru_cache(maxsize=4096)
+def _text(pattern: TapPattern) -> str:
+    grid = _single_grid(pattern)
+    if grid is not None and grid.extent == pattern.window:
+        text = "x".join(map(str, grid.size))
+        if any(d != 1 for d in grid.dilation) or set(text) <= {"0", "1"}:
+            text += "d" + "x".join(map(str, grid.dilation))
+        return text
+    taps = set(pattern.offsets)
+    axes = pattern.axes
+    padded = (1,) * (MAX_AXES - axes) + pattern.window
+    planes = []
+    for z in range(padded[0]):
+        rows = []
+        for y in range(padded[1]):
+            rows.append("".join("1" if (z, y, x)[MAX_AXES - axes :] in taps else "0" for x in range(padded[2])))
+        planes.append("/".join(rows))
+    text = "//".join(planes)
+    # A mask with a single row or plane says its rank by a trailing separator.
+    separator = {1: "", 2: "/", 3: "//"}[axes]
+    return text if separator in text else text + separator
+
+
+def _progression(values: Sequence[int]) -> tuple[int, int, int] | None:
+    """(first, count, step) if the sorted distinct values are equally spaced."""
+    if len(values) == 1:
+        return values[0], 1, 1
+    step = values[1] - values[0]
+    if all(b - a == step for a, b in itertools.pairwise(values)):
+        return values[0], len(values), step
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _single_grid(pattern: TapPattern) -> Grid | None:
+    if not pattern.offsets:
+        return None
+    axes = []
+    for axis in range(pattern.axes):
+        progression = _progression(sorted({offset[axis] for offset in pattern.offsets}))
+        if progression is None:
+            return None
+        axes.append(progression)
+    origin, size, dilation = (tuple(part) for part in zip(*axes, strict=True))
+    if math.prod(size) != len(pattern.offsets):
+        return None  # the projections are regular but the taps do not fill their product
+    return Grid(origin, size, dilation, tuple(range(len(pattern.offsets))))
+
+
+@lru_cache(maxsize=1024)
+def _cover(pattern: TapPattern, limit: int) -> tuple[Grid, ...] | None:
+    whole = _single_grid(pattern)
+    if whole is not None:
+        return (whole,)
+    if not pattern.offsets:
+        return ()
+    index = {offset: t for t, offset in enumerate(pattern.offsets)}
+    left = set(pattern.offsets)
+    cover: list[Grid] = []
+    while left:
+        if len(cover) == limit:
+            return None
+        widest = _widest(pattern, left)
+        if widest is None:
+            return None
+        origin, size, dilation = widest
+        points = list(_lattice(origin, size, dilation))
+        cover.append(Grid(origin, size, dilation, tuple(index[p] if p in left else -1 for p in points)))
+        left.difference_update(points)
+    return tuple(cover)
+
+
+def _lattice(origin: Offset, size: Offset, dilation: Offset) -> Iterable[Offset]:
+    return itertools.product(
+        *(range(o, o + s * d, d) for o, s, d in zip(origin, size, dilation, strict=True))
+    )
+
+
+def _widest(pattern: TapPattern, left: set[Offset]) -> tuple[Offset, Offset, Offset] | None:
+    """The grid of taps that owns most of what is left, fewest wasted points on a tie."""
+    taps = set(pattern.offsets)
+    sample = list(itertools.islice(pattern.offsets, 64))
+    steps = [
+        sorted({abs(a[axis] - b[axis]) for a in left for b in sample} - {0})[: _STEPS_TRIED[pattern.axes]] or [1]
+        for axis in range(pattern.axes)
+    ]
+    best: tuple[int, int, Offset, Offset, Offset] | None = None
+    for dilation in itertools.product(*steps):
+        starts = {
+            o
+            for o in taps
+            if not any(_moved(o, axis, -d) in taps for axis, d in enumerate(dilation))
+            and any(_moved(o, axis, d) in taps for axis, d in enumerate(dilation))
+        }
+        if len(starts) > _STARTS_TRIED:
+            continue  # scattered at this step: no grid here owns more than a few taps
+        for origin in sorted(starts | set(itertools.islice(sorted(left), 16))):
+            size = _grow(taps, origin, dilation)
+            owned = sum(p in left for p in _lattice(origin, size, dilation))
+            candidate = (owned, -math.prod(size), origin, size, dilation)
+            if best is None or candidate[:2] > best[:2]:
+                best = candidate
+    if best is None:
+        return None
+    _, _, origin, size, dilation = best
+    return origin, size, tuple(d if s > 1 else 1 for d, s in zip(dilation, size, strict=True))
+
+
+def _moved(offset: Offset, axis: int, by: int) -> Offset:
+    return (*offset[:axis], offset[axis] + by, *offset[axis + 1 :])
+
+
+def _grow(taps: set[Offset], origin: Offset, dilation: Offset) -> Offset:
+    """Largest lattice of taps from an origin, growing every axis in turn while it fits."""
+    size = [1] * len(origin)
+    growing = True
+    while growing:
+        growing = False
+        for axis in range(len(origin)):
+            size[axis] += 1
+            if all(p in taps for p in _lattice(origin, tuple(size), dilation)):
+                growing = True
+            else:
+                size[axis] -= 1
+    return tuple(size)

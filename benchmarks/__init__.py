@@ -1,0 +1,1 @@
+"""Benchmarks: real layers, small real models and the data they run on."""

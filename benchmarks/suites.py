@@ -1,0 +1,203 @@
+"""Named convolution layers of published networks, at full size and cut to what a small CPU can time.
+
+One table makes every suite. The CPU suite keeps each layer's window, dilation, map and padding and
+cuts batch and channels, so that one native float32 forward takes about 1 to 200 ms on two cores.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision, same_padding
+from adaptconv.taps import TapPattern
+
+CPU_DEVICE = torch.device("cpu")
+DEPTHWISE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One convolution layer of a known network, over an input ``[batch, c_in, *spatial]``.
+
+    Attributes:
+        name: unique within a suite, e.g. ``deeplabv3-aspp-d6``.
+        model: the network it comes from, for people.
+        batch: N.
+        c_in: input channels.
+        c_out: output channels.
+        groups: channel groups.
+        spatial: input extents.
+        taps: text of a ``TapPattern``: a grid (``3x3d6x6``) or a mask.
+        stride: output step an axis.
+        padding: zeros (before, after) an axis.
+        dtype: "float32", "bfloat16", ...
+    """
+
+    name: str
+    model: str
+    batch: int
+    c_in: int
+    c_out: int
+    groups: int
+    spatial: tuple[int, ...]
+    taps: str
+    stride: tuple[int, ...]
+    padding: Padding
+    dtype: str
+
+    def problem(
+        self,
+        direction: Direction = Direction.FORWARD,
+        layout: str = "contiguous",
+        device: torch.device = CPU_DEVICE,
+    ) -> Problem:
+        """The layer as a problem on a device, as torch's flags are set now.
+
+        Args:
+            direction: FORWARD, GRAD_INPUT or GRAD_WEIGHT.
+            layout: "contiguous", "channels_last" or "mixed".
+            device: what it would run on; an accelerator must be present to be named.
+        """
+        return Problem(
+            direction=direction,
+            batch=self.batch,
+            c_in=self.c_in,
+            c_out=self.c_out,
+            groups=self.groups,
+            spatial=self.spatial,
+            taps=TapPattern.parse(self.taps),
+            stride=self.stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            layout=layout,
+            device=Device.of(device),
+            fp32_precision=fp32_precision(getattr(torch, self.dtype), device),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+def _scattered(count: int, window: int, *, spread: int = 1) -> str:
+    """Mask text of random taps in a square window, the same on every machine.
+
+    Args:
+        count: tap positions drawn.
+        window: side of the square window.
+        spread: side of the square each position covers; 2 is where bilinear interpolation puts weight.
+    """
+    cells = [(y, x) for y in range(window - spread + 1) for x in range(window - spread + 1)]
+    draw = random.Random(0)  # only random() is promised to give the same numbers in every Python
+    ranked = sorted((draw.random(), cell) for cell in cells)
+    steps = [(y, x) for y in range(spread) for x in range(spread)]
+    taps = {(y + dy, x + dx) for _, (y, x) in ranked[:count] for dy, dx in steps}
+    return str(TapPattern(tuple(taps), (window, window)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A layer at its two sizes; ``full`` and ``cpu`` are (batch, c_in, c_out)."""
+
+    name: str
+    model: str
+    spatial: tuple[int, ...]
+    taps: str
+    full: tuple[int, int, int]
+    cpu: tuple[int, int, int]
+    groups: int = 1  # or DEPTHWISE
+    causal: bool = False  # all padding before, as in autoregressive networks
+
+    def layer(self, size: tuple[int, int, int], dtype: str) -> Layer:
+        """The row at one size, ``full`` or ``cpu``."""
+        batch, c_in, c_out = size
+        window = TapPattern.parse(self.taps).window
+        return Layer(
+            name=self.name,
+            model=self.model,
+            batch=batch,
+            c_in=c_in,
+            c_out=c_out,
+            groups=c_in if self.groups == DEPTHWISE else self.groups,
+            spatial=self.spatial,
+            taps=self.taps,
+            stride=(1,) * len(self.spatial),
+            padding=tuple((extent - 1, 0) for extent in window) if self.causal else same_padding(window),
+            dtype=dtype,
+        )
+
+
+_WIDE_WINGS = str(TapPattern.partial(island=13, wing=4, dilation=13))  # 21 taps over a span of 105
+
+# fmt: off
+_DENSE_ROWS = (
+    _Row("deeplabv3-aspp-d6", "DeepLabV3 ASPP, output stride 16", (33, 33), "3x3d6x6", (16, 2048, 256), (1, 512, 256)),
+    _Row("deeplabv3-aspp-d12", "DeepLabV3 ASPP, output stride 16", (33, 33), "3x3d12x12",
+         (16, 2048, 256), (1, 512, 256)),
+    _Row("deeplabv3-aspp-d18", "DeepLabV3 ASPP, output stride 16", (33, 33), "3x3d18x18",
+         (16, 2048, 256), (1, 512, 256)),
+    _Row("deeplabv3-aspp8-d12", "DeepLabV3 ASPP, output stride 8", (65, 65), "3x3d12x12",
+         (8, 2048, 256), (1, 256, 256)),
+    _Row("deeplabv3-aspp8-d24", "DeepLabV3 ASPP, output stride 8", (65, 65), "3x3d24x24",
+         (8, 2048, 256), (1, 256, 256)),
+    _Row("deeplabv3-aspp8-d36", "DeepLabV3 ASPP, output stride 8", (65, 65), "3x3d36x36",
+         (8, 2048, 256), (1, 256, 256)),
+    _Row("drn-d4", "DRN-D level 8", (28, 28), "3x3d4x4", (32, 512, 512), (1, 512, 512)),
+    _Row("csrnet-d2", "CSRNet back-end", (96, 128), "3x3d2x2", (1, 512, 512), (1, 128, 128)),
+    _Row("espnet-d16", "ESPNet branch", (64, 128), "3x3d16x16", (8, 25, 25), (8, 25, 25)),
+    _Row("hdc-d5", "Hybrid dilated convolution", (100, 100), "3x3d5x5", (2, 256, 256), (1, 128, 128)),
+    # One group of output channels that share a dilation; a whole layer has sixteen such groups.
+    _Row("icconv-d2x4", "IC-Conv ResNet-50 stage 3", (14, 14), "3x3d2x4", (64, 256, 16), (64, 256, 16)),
+    _Row("wavenet-d512", "WaveNet", (16000,), "2d512", (8, 64, 128), (1, 64, 128), causal=True),
+    _Row("tcn-d4", "TCN", (400,), "3d4", (32, 600, 600), (2, 600, 600), causal=True),
+    _Row("bigvgan-d5", "BigVGAN-like", (2048,), "11d5", (16, 256, 256), (1, 256, 256)),
+    _Row("partial-21of105", "partially dilated", (4096,), _WIDE_WINGS, (8, 256, 256), (1, 128, 128)),
+    # Every synapse has a delay of its own, so the taps that all channels share are the whole span.
+    _Row("snn-delays-31", "spiking network with learnt delays", (100,), "31", (128, 512, 512), (4, 256, 256)),
+    _Row("aspp3d-d6", "3-D ASPP", (8, 16, 16), "3x3x3d6x6x6", (1, 256, 256), (1, 128, 128)),
+    _Row("vnet-d2", "V-Net style", (48, 48, 48), "3x3x3d2x2x2", (2, 64, 64), (1, 16, 16)),
+    _Row("r2plus1d-d2", "R(2+1)D temporal", (16, 56, 56), "3x1x1d2x1x1", (8, 144, 64), (1, 144, 64)),
+)
+
+_DEPTHWISE_ROWS = (
+    _Row("dcls-s1-34of17", "ConvNeXt-T-dcls stage 1", (56, 56), _scattered(34, 17),
+         (128, 96, 96), (4, 96, 96), DEPTHWISE),
+    _Row("dcls-s1-bilinear", "ConvNeXt-T-dcls stage 1, bilinear", (56, 56), _scattered(34, 17, spread=2),
+         (128, 96, 96), (4, 96, 96), DEPTHWISE),
+    _Row("dcls-s3-34of17", "ConvNeXt-T-dcls stage 3", (14, 14), _scattered(34, 17),
+         (128, 384, 384), (8, 384, 384), DEPTHWISE),
+    _Row("convformer-26of23", "ConvFormer-dcls stage 1", (56, 56), _scattered(26, 23),
+         (128, 128, 128), (1, 128, 128), DEPTHWISE),
+    _Row("replknet-s1-k31", "RepLKNet stage 1", (56, 56), "31x31", (64, 128, 128), (1, 128, 128), DEPTHWISE),
+    _Row("replknet-s3-k27", "RepLKNet stage 3", (14, 14), "27x27", (64, 512, 512), (4, 512, 512), DEPTHWISE),
+    _Row("slak-51x5", "SLaK-T", (56, 56), "51x5", (64, 124, 124), (2, 124, 124), DEPTHWISE),
+    _Row("slak-5x51", "SLaK-T", (56, 56), "5x51", (64, 124, 124), (2, 124, 124), DEPTHWISE),
+    _Row("unireplknet-k13", "UniRepLKNet", (14, 14), "13x13", (64, 320, 320), (32, 320, 320), DEPTHWISE),
+    _Row("van-k7d3", "VAN large-kernel attention", (56, 56), "7x7d3x3", (128, 64, 64), (4, 64, 64), DEPTHWISE),
+    _Row("convtasnet-d128", "Conv-TasNet", (4000,), "3d128", (8, 512, 512), (2, 512, 512), DEPTHWISE),
+    _Row("conformer-k31", "Conformer, training", (512,), "31", (32, 512, 512), (8, 512, 512), DEPTHWISE),
+    _Row("conformer-k31-infer", "Conformer, inference", (256,), "31", (1, 512, 512), (1, 512, 512), DEPTHWISE),
+    _Row("partial-dw-13of21", "partially dilated depthwise", (1024,), "101010101111101010101",
+         (8, 256, 256), (8, 256, 256), DEPTHWISE),
+    _Row("partial-dw-21of105", "partially dilated depthwise", (4096,), _WIDE_WINGS,
+         (8, 768, 768), (2, 192, 192), DEPTHWISE),
+    _Row("uxnet3d-k7", "3D UX-Net", (48, 48, 48), "7x7x7", (2, 48, 48), (1, 16, 16), DEPTHWISE),
+    _Row("mamba-k4", "Mamba", (2048,), "4", (8, 4096, 4096), (2, 1024, 1024), DEPTHWISE, causal=True),
+)
+# fmt: on
+
+_ROWS = _DENSE_ROWS + _DEPTHWISE_ROWS
+_CPU = tuple(row.layer(row.cpu, "float32") for row in _ROWS)
+_GPU = tuple(row.layer(row.full, "bfloat16") for row in _ROWS)
+_QUICK = (
+    "deeplabv3-aspp-d18", "drn-d4", "wavenet-d512", "vnet-d2", "dcls-s1-34of17", "replknet-s3-k27", "van-k7d3",
+    "convtasnet-d128", "conformer-k31", "partial-dw-13of21", "mamba-k4",
+)  # fmt: skip
+
+SUITES: dict[str, tuple[Layer, ...]] = {
+    "cpu": _CPU,
+    "quick": tuple(layer for layer in _CPU if layer.name in _QUICK),
+    "gpu": _GPU,
+}
+"""Suites by name: every layer cut for a small CPU in float32; a mix of layers, native at its best and not,
+from it; and every layer at full size in bfloat16."""
