@@ -13,8 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 
-import torch
-
 from adaptconv import records
 from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named, backend_names
 from adaptconv.backends.base import Value
@@ -26,8 +24,9 @@ from adaptconv.records import Record
 
 _LOG = logging.getLogger("adaptconv.dispatch")
 
-NEAREST_WITHIN = 1.0  # log-space distance beyond which a neighbour says nothing
-NEAREST_GAIN = 1.25  # a neighbour's gain over native below which native is kept
+NEAREST_WITHIN = 2.0  # distance beyond which a neighbour says nothing: two sizes doubled, or a stale toolchain
+NEAREST_GAIN = 1.25  # a neighbour's gain over native below which native is kept; grows with its distance
+NEAREST_GAIN_PER_DISTANCE = 0.25
 COST_GAIN = 1.5  # a predicted gain over native below which native is kept
 
 
@@ -235,8 +234,6 @@ def _from_record(problem: Problem) -> tuple[Plan | None, list[str]]:
     choice, reason = _usable(problem, hit.record)
     if choice is None:
         return None, [f"the {hit.layer} record {reason}"]
-    if not records.is_current(hit.record, torch.device(problem.device.kind)):
-        return None, [f"the {hit.layer} record was measured with another toolchain"]
     why = f"{hit.layer} database, measured {hit.record.measured_on}"
     return Plan(problem, choice, Source.RECORD, why, hit.record, is_plain(problem, choice)), []
 
@@ -249,7 +246,8 @@ def _from_neighbours(problem: Problem) -> tuple[Plan | None, str]:
         if choice is None:
             continue
         gain = hit.record.native_us / hit.record.p20_us if hit.record.p20_us > 0 else 1.0
-        if choice.backend != Native.name and gain < NEAREST_GAIN and not Native().rejects(problem):
+        enough = NEAREST_GAIN + NEAREST_GAIN_PER_DISTANCE * distance
+        if gain < enough and not Native().rejects(problem):
             choice = Native().default(problem)
         why = f"nearest {hit.layer} record at distance {distance:.2f}, where it gained {gain:.2f}x"
         return Plan(problem, choice, Source.NEAREST, why, plain=is_plain(problem, choice)), ""

@@ -112,12 +112,12 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """The dispatched convolution behind ``conv1d``, ``conv2d`` and ``conv3d``."""
-    if torch.compiler.is_dynamo_compiling():
-        return _traced(axes, input, weight, bias, stride, padding, dilation, groups)
     taps: TapPattern | None = None
     if isinstance(weight, Kernel):
         kernel = weight.spread()
         weight, taps = kernel.weight, kernel.taps
+    if torch.compiler.is_dynamo_compiling():
+        return traced(axes, input, weight, bias, stride, padding, dilation, groups, taps)
     if _autocast() and isinstance(input, Tensor):
         input, weight, bias = ops.autocasted(input, weight, bias)
     return prepared(axes, input, weight, bias, stride, padding, dilation, groups, taps).run(input, weight, bias)
@@ -190,7 +190,7 @@ def _prepare(
             f"leave dilation at 1, or build the pattern with TapPattern.grid(size, dilation)"
         )
     strides = checked_ints(axes, stride, "stride", least=1)
-    pads = checked_padding(axes, padding, taps, strides)
+    pads = checked_padding(axes, padding, taps.window, strides)
     _check_operands(axes, input, weight, bias, groups, taps)
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
     _check_extents(axes, batched, taps, pads)
@@ -212,6 +212,7 @@ def _torch_takes(padding: Ints | str) -> bool:
 
 def _planned_call(axes: int, plans: Plans) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Run prepared plans; operands whose kind is not in the look-up key are checked here."""
+    convolve = ops.executor(plans)
 
     def run(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         if w.dtype is not x.dtype or (b is not None and b.dtype is not x.dtype):
@@ -220,8 +221,8 @@ def _planned_call(axes: int, plans: Plans) -> Callable[[Tensor, Tensor, Tensor |
             raise _bias_mismatch(axes, w, b)
         compact = w if w.dim() == 3 else w.flatten(2)
         if x.dim() == axes + 2:
-            return ops.convolve(plans, x, compact, b)
-        return ops.convolve(plans, x.unsqueeze(0), compact, b).squeeze(0)
+            return convolve(x, compact, b)
+        return convolve(x.unsqueeze(0), compact, b).squeeze(0)
 
     return run
 
@@ -240,25 +241,23 @@ def _symbolic_call(
 # ---- under torch.compile ------------------------------------------------------------------------
 
 
-def _traced(
-    axes: int,
-    input: Tensor,
-    weight: Tensor | Kernel,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints | str,
-    dilation: Ints,
-    groups: int,
-) -> Tensor:
-    """What dynamo sees: the logical op, its plan left to the compile pass or to run time."""
-    if isinstance(weight, Kernel):
-        kernel = weight.spread()
-        weight, taps = kernel.weight, kernel.taps
+def traced(
+    axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints | str,
+    dilation: Ints, groups: int, taps: TapPattern | None,
+) -> Tensor:  # fmt: skip
+    """What dynamo sees: the logical op, its plan left to the compile pass or to run time.
+
+    Plain arithmetic on ints and strings only: dynamo traces every line of it.
+    """
+    if taps is None:
+        size, steps = checked_grid(axes, weight, dilation)
+        window = tuple((s - 1) * d + 1 for s, d in zip(size, steps, strict=True))
+        text = "x".join([str(s) for s in size]) + "d" + "x".join([str(d) for d in steps])
     else:
-        taps = TapPattern.grid(*checked_grid(axes, weight, dilation))
+        window, text = taps.window, taps.text
     strides = checked_ints(axes, stride, "stride", least=1)
-    pads = checked_padding(axes, padding, taps, strides)
-    return _op(axes, input, weight, bias, str(taps), strides, pads, groups)
+    pads = checked_padding(axes, padding, window, strides)
+    return _op(axes, input, weight, bias, text, strides, pads, groups)
 
 
 def _op(
@@ -304,7 +303,9 @@ def checked_ints(axes: int, value: Ints, name: str, least: int) -> tuple[int, ..
     return values
 
 
-def checked_padding(axes: int, padding: Ints | str, taps: TapPattern, stride: tuple[int, ...]) -> Padding:
+def checked_padding(
+    axes: int, padding: Ints | str, window: tuple[int, ...], stride: tuple[int, ...]
+) -> Padding:  # fmt: skip
     """Padding in any of its spellings as (before, after) an axis."""
     if isinstance(padding, str):
         if padding == "valid":
@@ -315,7 +316,7 @@ def checked_padding(axes: int, padding: Ints | str, taps: TapPattern, stride: tu
             raise ConvArgumentError(
                 f"conv{axes}d: padding='same' is not supported for strided convolutions (stride {stride}); give ints"
             )
-        return same_padding(taps.window)
+        return same_padding(window)
     if not isinstance(padding, int) and any(isinstance(p, (tuple, list)) for p in padding):
         pairs = tuple(tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in padding)
         if len(pairs) != axes or any(len(p) != 2 or min(p) < 0 for p in pairs):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adaptconv import ops
 from adaptconv.errors import ConvArgumentError
-from adaptconv.functional import Call, convolution, prepared
+from adaptconv.functional import Call, prepared, traced
 from adaptconv.kernel import Kernel
 from adaptconv.ops import Plans
 from adaptconv.taps import TapPattern
@@ -87,7 +87,10 @@ class _Adaptive(nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input [N, C_in, *spatial]`` or ``[C_in, *spatial]``."""
         if torch.compiler.is_dynamo_compiling():
-            return self._traced(input)
+            input, padding = self._padded(input)
+            return traced(
+                self._axes, input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.taps
+            )  # fmt: skip
         if torch._C._is_any_autocast_enabled():
             input, weight, bias = ops.autocasted(input, self.weight, self.bias)
         else:
@@ -100,13 +103,6 @@ class _Adaptive(nn.modules.conv._ConvNd):
         )  # fmt: skip
         self.__dict__["_last_call"] = call  # for the report: past nn.Module's slow __setattr__
         return call.run(input, weight, bias)
-
-    def _traced(self, input: Tensor) -> Tensor:
-        input, padding = self._padded(input)
-        weight = self.weight if self.taps is None else Kernel(self.weight, self.taps)
-        return convolution(
-            self._axes, input, weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Torch's, with the taps where there are any."""

@@ -153,17 +153,39 @@ def _native_backward(problem: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tupl
     return dx, dw.flatten(2)
 
 
-def convolve(plans: Plans, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve ``x [N, C_in, *spatial]`` with a compact weight ``w [C_out, C_in/groups, T]``; differentiable."""
+def executor(plans: Plans) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What convolves ``x [N, C_in, *spatial]`` with a compact ``w [C_out, C_in/groups, T]`` by these plans.
+
+    All that can be settled once is settled here; the result is differentiable in the directions planned.
+    """
+    problem = plans.forward.problem
     if plans.plain:
-        problem = plans.forward.problem
         grid = problem.taps.single_grid()
         assert grid is not None, "a plain plan is a single grid"
+        torch_conv, size, dilation = _CONV[problem.axes], grid.size, grid.dilation
         padding = [before for before, _ in problem.padding]
-        weight = w.reshape(*w.shape[:2], *grid.size)
-        return _CONV[problem.axes](x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
-    result: Tensor = _Trilinear.apply(plans, Direction.FORWARD, x, w, bias)
-    return result
+
+        def native(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            weight = w.reshape(*w.shape[:2], *size)
+            return torch_conv(x, weight, bias, problem.stride, padding, dilation, problem.groups)
+
+        return native
+
+    def differentiable(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        result: Tensor = _Trilinear.apply(plans, Direction.FORWARD, x, w, bias)
+        return result
+
+    def inference(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return differentiable(x, w, bias)
+        return execute(plans.forward, x, w, bias)
+
+    return differentiable if plans.grad_input or plans.grad_weight else inference
+
+
+def convolve(plans: Plans, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve once by these plans; see ``executor``."""
+    return executor(plans)(x, w, bias)
 
 
 # ---- memory formats ------------------------------------------------------------------------------
@@ -229,6 +251,10 @@ _LIBRARY.define(
 def auto_plan() -> str:
     """The plan text that leaves the decision to run time, named after the database it will read."""
     return f"{AUTO}:{records.default_store().digest()}"
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import dynamo, two seconds of it.
+auto_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pairs(padding: Sequence[int]) -> Padding:

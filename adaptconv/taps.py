@@ -52,6 +52,8 @@ class TapPattern:
     Attributes:
         offsets: unique, sorted integer tuples, each inside ``window``.
         window: dense extent along each axis (1 to 3 axes), so that padding means what torch means.
+        text: canonical text: equal patterns have equal text, and ``parse`` reads it back. A plain
+            attribute, so that a tracer finds a constant.
 
     Raises:
         ConvArgumentError: an offset outside the window, repeated, or of the wrong rank; a window
@@ -60,6 +62,7 @@ class TapPattern:
 
     offsets: tuple[Offset, ...]
     window: Offset
+    text: str = field(init=False, repr=False, default="")
     _hash: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class TapPattern:
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "_hash", hash((offsets, window)))
+        object.__setattr__(self, "text", _text(self))
 
     def __hash__(self) -> int:
         return self._hash
@@ -254,8 +258,7 @@ class TapPattern:
         return TapPattern(tuple(self.offsets[i] for i in indices), self.window)
 
     def __str__(self) -> str:
-        """Canonical text: equal patterns have equal text, and ``parse`` reads it back."""
-        return _text(self)
+        return self.text
 
 
 def aligned(*patterns: TapPattern) -> tuple[Offset, list[list[Offset]]]:
@@ -309,7 +312,6 @@ def _parse(text: str) -> TapPattern:
     return TapPattern.grid(size, dilation)
 
 
-@lru_cache(maxsize=4096)
 def _text(pattern: TapPattern) -> str:
     grid = _single_grid(pattern)
     if grid is not None and grid.extent == pattern.window:

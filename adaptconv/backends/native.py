@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Choice, Config, Space
-from adaptconv.backends.grid import geometry, grid_space, run_grid
+from adaptconv.backends.grid import geometry, grid_space, never_returns, run_grid
 from adaptconv.problem import Problem
 
 
@@ -43,6 +43,8 @@ class Native(Backend):
 def is_plain(problem: Problem, choice: Choice) -> bool:
     """Whether a choice is exactly the torch call that adaptconv stands in for."""
     if choice.backend != Native.name or choice.config != grid_space(problem).default:
+        return False
+    if problem.layout != "contiguous" and never_returns(problem):
         return False
     grid = geometry(problem)
     return grid is not None and grid.padding == problem.padding

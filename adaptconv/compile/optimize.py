@@ -130,6 +130,15 @@ def collect_sites(
     return sites
 
 
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs in any of their forms (one value, a tuple or list, a dict) as args and kwargs."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
 @contextmanager
 def _untouched(model: Any) -> Iterator[None]:
     """Put back buffers (batch-norm statistics) and random state that a trial call may change."""

@@ -56,12 +56,18 @@ def rewrite(gm: fx.GraphModule) -> list[SiteReport]:
 def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
     reports = []
     taken: set[fx.Node] = set()
-    for site in find_sums(gm):
+    singles = find_sites(gm)  # before any sum becomes an op of ours
+    sums: list[Site] = []
+    try:
+        sums = find_sums(gm)
+    except Exception as error:  # noqa: BLE001 - sums are a bonus: without them each convolution stands alone
+        _warn("looked for sums of convolutions in vain", error)
+    for site in sums:
         report = _guarded(gm, site)
         if report.rewritten:
             taken.update(member.node for member in site.members)
             reports.append(report)
-    for site in find_sites(gm):
+    for site in singles:
         if site.result not in taken and not any(m.node in taken for m in site.members):
             reports.append(_guarded(gm, site))
     if any(report.rewritten for report in reports):
@@ -76,12 +82,16 @@ def _guarded(gm: fx.GraphModule, site: Site) -> SiteReport:
     try:
         return _one(gm, site)
     except Exception as error:  # noqa: BLE001 - the last line of defence: leave the node, say so once
-        text = f"adaptconv left {site.where or site.source or site.result} as it was: {type(error).__name__}: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        _warn(f"left {site.where or site.source or site.result} as it was", error)
         return _report(site, False, f"{type(error).__name__}: {error}", None)
 
 
-def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
+def _warn(what: str, error: Exception) -> None:
+    warnings.warn(f"adaptconv {what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+
+
+def judge(site: Site) -> SiteReport:
+    """Plan a site and say whether it should be rewritten; changes nothing."""
     if site.problem is None:
         return _report(site, False, site.reason, None)
     plans = ops.plan_all(site.problem, site.grad_input, site.grad_weight)
@@ -89,10 +99,19 @@ def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
     if len(site.members) > 1 and not _sum_pays(plans):
         return _report(site, False, "the sum as written is as fast as any single call known", plans)
     if plans.plain:
-        _settle_op(site, plans)
         return _report(site, False, "native is the plan", plans)
-    _replace(gm, site, ops.auto_plan() if site.dynamic else plans.text)
     return _report(site, True, "", plans)
+
+
+def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
+    verdict = judge(site)
+    if verdict.plans is None:
+        return verdict
+    if verdict.rewritten:
+        _replace(gm, site, ops.auto_plan() if site.dynamic else verdict.plans.text)
+    elif len(site.members) == 1:
+        _settle_op(site, verdict.plans)
+    return verdict
 
 
 def _settle_op(site: Site, plans: Plans) -> None:
@@ -160,7 +179,7 @@ def _merged_weight(graph: fx.Graph, site: Site) -> fx.Node:
         compact = _compact(graph, member)
         placed = _derived(
             graph, torch.ops.adaptconv.place.default, (compact, columns), member.weight,
-            place(value(compact), columns),
+            value(compact).new_empty((*value(compact).shape[:2], len(columns))),
         )  # fmt: skip
         if total is None:
             total = placed
@@ -171,10 +190,10 @@ def _merged_weight(graph: fx.Graph, site: Site) -> fx.Node:
 
 
 def _merged_bias(graph: fx.Graph, site: Site) -> fx.Node | None:
-    total = site.members[0].bias
-    for member in site.members[1:]:
-        if total is not None and member.bias is not None:
-            total = _derived(graph, torch.add, (total, member.bias), member.bias, value(member.bias))
+    total: fx.Node | None = None
+    for bias in (member.bias for member in site.members):
+        if bias is not None:
+            total = bias if total is None else _derived(graph, torch.add, (total, bias), bias, value(bias))
     return total
 
 

@@ -18,10 +18,10 @@ from adaptconv.taps import TapPattern
 
 _CONV_AXES: dict[object, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_OP_ARGS = ("input", "weight", "bias", "taps", "stride", "padding", "groups", "plan")
+_OP_ARGS = ("input", "weight", "bias", "taps", "stride", "padding", "groups", "plan")  # first three as torch's
 _ADDS = (operator.add, operator.iadd, torch.add)
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
-_MODULE_STEP = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]|\.([A-Za-z_]\w*)")
+_MODULE_STEP = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]|\.(\w+)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,21 +30,37 @@ class Conv:
 
     Attributes:
         node: the node.
-        x, weight, bias: its operand nodes.
         taps: where its taps sit.
         stride, padding, groups: geometry, padding as (before, after) an axis.
-        compact: whether ``weight`` is already ``[C_out, C_in/groups, T]``.
+        compact: whether its weight is already ``[C_out, C_in/groups, T]``: it is our own op.
     """
 
     node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
     taps: TapPattern
     stride: tuple[int, ...]
     padding: Padding
     groups: int
     compact: bool
+
+    # Operands are read off the node each time: rewriting one site renames the operands of the next.
+
+    @property
+    def x(self) -> fx.Node:
+        """The input's node."""
+        node: fx.Node = _arguments(self.node, _CONV_ARGS)["input"]
+        return node
+
+    @property
+    def weight(self) -> fx.Node:
+        """The weight's node."""
+        node: fx.Node = _arguments(self.node, _CONV_ARGS)["weight"]
+        return node
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The bias's node, if there is one."""
+        node: fx.Node | None = _arguments(self.node, _CONV_ARGS).get("bias")
+        return node
 
     @property
     def axes(self) -> int:
@@ -146,7 +162,8 @@ def _read_convs(gm: fx.GraphModule) -> _Found:
 
 
 def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    named = {"x": "input"}  # the op's own name for it
+    return {**dict(zip(names, node.args, strict=False)), **{named.get(k, k): v for k, v in node.kwargs.items()}}
 
 
 def value(node: fx.Node) -> Tensor:
@@ -167,15 +184,15 @@ def _read_torch(node: fx.Node, axes: int) -> Conv:
     size, dilation = functional.checked_grid(axes, weight, a.get("dilation", 1))
     taps = TapPattern.grid(size, dilation)
     stride = functional.checked_ints(axes, a.get("stride", 1), "stride", least=1)
-    padding = functional.checked_padding(axes, a.get("padding", 0), taps, stride)
-    return Conv(node, a["input"], a["weight"], a.get("bias"), taps, stride, padding, a.get("groups", 1), False)
+    padding = functional.checked_padding(axes, a.get("padding", 0), taps.window, stride)
+    return Conv(node, taps, stride, padding, a.get("groups", 1), False)
 
 
 def _read_op(node: fx.Node) -> Conv:
     a = _arguments(node, _OP_ARGS)
     padding = tuple((a["padding"][i], a["padding"][i + 1]) for i in range(0, len(a["padding"]), 2))
     taps = TapPattern.parse(a["taps"])
-    return Conv(node, a["input"], a["weight"], a["bias"], taps, tuple(a["stride"]), padding, a["groups"], True)
+    return Conv(node, taps, tuple(a["stride"]), padding, a["groups"], True)
 
 
 def _is_add(node: fx.Node) -> bool:
@@ -195,9 +212,10 @@ def _mergeable(members: Sequence[Conv]) -> bool:
     same_call = all(
         (m.x, m.stride, m.groups, m.axes) == (first.x, first.stride, first.groups, first.axes) for m in members
     )
-    if not same_call or len({value(m.node).shape for m in members}) != 1:
+    # Symbolic extents compare by their expression: comparing them as numbers would add guards.
+    if not same_call or len({str(value(m.node).shape) for m in members}) != 1:
         return False
-    if len({value(m.node).dtype for m in members}) != 1 or len({m.bias is None for m in members}) != 1:
+    if len({value(m.node).dtype for m in members}) != 1:
         return False
     return common_window(members) is not None
 
@@ -276,13 +294,16 @@ def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
     sizes = [_hint(extent) for extent in x.shape]
     layout = ops.layout_of(_stand_in(x, sizes), weights[0])
     problem = ops.forward_problem(
-        x, weights[0], taps, first.stride, padding, first.groups, first.bias is not None, layout
+        x, weights[0], taps, first.stride, padding, first.groups, any(m.bias is not None for m in members), layout
     )
     problem = replace(
         problem, batch=sizes[0], c_in=sizes[1], spatial=tuple(sizes[2:]), dtype=str(out.dtype).removeprefix("torch.")
     )
-    grad_weight = any(w.requires_grad for w in weights)
-    return replace(bare, problem=problem, grad_input=x.requires_grad, grad_weight=grad_weight, dynamic=dynamic)
+    grad = torch.is_grad_enabled()  # a parameter requires gradients even where none will be asked for
+    grad_weight = grad and any(w.requires_grad for w in weights)
+    return replace(
+        bare, problem=problem, grad_input=grad and x.requires_grad, grad_weight=grad_weight, dynamic=dynamic
+    )  # fmt: skip
 
 
 def _hint(extent: int | torch.SymInt) -> int:

@@ -186,13 +186,18 @@ def read_file(path: Path, limit: int, *, trusted: bool) -> bytes | None:
     """
     flags = os.O_RDONLY | _NON_BLOCKING | (0 if trusted else _NO_FOLLOW)
     try:
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            found = os.fstat(file.fileno())
+        descriptor = os.open(path, flags)
+        try:
+            found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise Refused("not a file", "expected a plain file")
             if not trusted:
                 _check_owner(found)
-            data = file.read(limit + 1)
+            data = b""
+            while len(data) <= limit and (more := os.read(descriptor, limit + 1 - len(data))):
+                data += more
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -152,10 +152,6 @@ class Layer:
                 content.update(f"{name} {stamp}\n".encode())
         return content.hexdigest()
 
-    def forget(self) -> None:
-        """Drop the cached listing: the directory was just written to."""
-        self._listing = None
-
     # ---- reading ------------------------------------------------------------------------------
 
     def _refuse(self, refusal: Refused, name: str | None = None) -> None:

@@ -143,7 +143,7 @@ def check_schema(obj: Mapping[str, object]) -> None:
 
 
 def utc_now() -> str:
-    """This second in UTC, in the form ``Record.measured_on`` takes."""
+    """Give this second in UTC, in the form ``Record.measured_on`` takes."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

@@ -168,8 +168,6 @@ class Store:
             failure.errno = error.errno
             raise failure from error
         self._tidy(target)
-        for layer in self.layers:
-            layer.forget()
         _advance()
         return path
 

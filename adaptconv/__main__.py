@@ -1,0 +1,7 @@
+"""``python -m adaptconv``."""
+
+import sys
+
+from adaptconv.cli import main
+
+sys.exit(main())

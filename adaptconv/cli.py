@@ -1,0 +1,220 @@
+"""The command line: ``adaptconv demo | tune | report | explain | bench | db | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptconv._version import __version__
+from adaptconv.errors import AdaptConvError
+
+_EPILOG = """\
+examples:
+  adaptconv demo                                  the main job on a real photograph and a real recording
+  adaptconv tune mypackage.models:factory         measure a model's convolutions once on this machine
+  adaptconv report mypackage.models:factory       what optimize() would do with it, and why
+  adaptconv explain --input 4,64,56,56 --weight 64,1,7,7 --dilation 3 --padding 9 --groups 64
+  adaptconv doctor                                what this machine has, and what that means
+
+a factory is a function of no arguments that returns (model, example_inputs)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors the user can mend are one line on stderr and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except AdaptConvError as error:
+        print(f"adaptconv {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"adaptconv {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "adaptconv", description="Convolutions with holes, each computed the fastest exact way known on this device.",
+        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"adaptconv {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", "tune, compile, check and report two real networks, in under three minutes", _demo)
+    demo.add_argument("rest", nargs=argparse.REMAINDER, help="passed on; see 'adaptconv demo -- --help'")
+
+    tune = command("tune", "measure a model's convolutions and remember the fastest exact way", _tune)
+    tune.add_argument("factory", metavar="package.module:factory", help="returns (model, example_inputs)")
+    tune.add_argument("--train", action="store_true", help="tune both gradients as well")
+    tune.add_argument("--budget", type=_seconds, metavar="60s", help="time for the whole run: 90, 60s, 5m, 1h")
+    tune.add_argument("--trials", type=_positive, metavar="N", help="most configurations tried a backend")
+    tune.add_argument("--storage", metavar="URL", help="an Optuna RDB, e.g. sqlite:///study.db, to share or resume")
+    tune.add_argument("--force", action="store_true", help="measure again what the database already knows")
+    tune.add_argument("--database", type=Path, metavar="DIR", help="write here instead of the user's cache")
+
+    report = command("report", "what optimize() would do with a model, and why; compiles nothing", _report)
+    report.add_argument("factory", metavar="package.module:factory", help="returns (model, example_inputs)")
+    report.add_argument("--train", action="store_true", help="include both gradients")
+    report.add_argument("--format", choices=("table", "markdown", "json"), default="table")
+
+    explain = command("explain", "every candidate for a convolution, what it answered and why", _explain)
+    explain.add_argument("factory", nargs="?", metavar="package.module:factory", help="explain every site of a model")
+    explain.add_argument("--input", type=_ints, metavar="N,C,H,W", help="input shape, for one layer")
+    explain.add_argument("--weight", type=_ints, metavar="O,I,K,K", help="weight shape; O,I,T with --taps")
+    explain.add_argument("--taps", metavar="PATTERN", help="tap pattern, e.g. 10101/00100 or 3x3d2x2")
+    explain.add_argument("--stride", type=_ints, default=(1,))
+    explain.add_argument("--padding", type=_ints_or_word, default=(0,), help="ints, 'same' or 'valid'")
+    explain.add_argument("--dilation", type=_ints, default=(1,))
+    explain.add_argument("--groups", type=int, default=1)
+    explain.add_argument("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
+    explain.add_argument("--channels-last", action="store_true")
+    explain.add_argument("--train", action="store_true", help="both gradients too")
+
+    bench = command("bench", "run the benchmark suites of a clone", _bench)
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on; see 'adaptconv bench -- --help'")
+
+    db = command("db", "look after the tuning database", _db)
+    db.add_argument("action", choices=("list", "verify", "export", "merge", "diff"))
+    db.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="verify PATH; export DIR; merge OUT IN...; diff A B")
+
+    command("doctor", "what this machine has (torch, triton, compiler, GPU, database) and what that means", _doctor)
+    return parser
+
+
+# ---- reading arguments ----------------------------------------------------------------------------
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h)?", text)
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"a duration such as 90, 60s, 5m or 1h was expected, got {text!r}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 was expected, got {text!r}")
+    return int(text)
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole numbers joined by commas were expected, got {text!r}") from None
+
+
+def _ints_or_word(text: str) -> tuple[int, ...] | str:
+    return text if text in ("same", "valid") else _ints(text)
+
+
+# ---- commands -------------------------------------------------------------------------------------
+
+
+def _tune(a: argparse.Namespace) -> int:
+    from adaptconv.tuner import load_factory, tune
+
+    model, inputs = load_factory(a.factory)
+    result = tune(
+        model, inputs, train=a.train, budget_s=a.budget, trials=a.trials, storage=a.storage, force=a.force,
+        database=a.database,
+    )  # fmt: skip
+    print(result)
+    return 130 if result.interrupted else 0
+
+
+def _report(a: argparse.Namespace) -> int:
+    from adaptconv.reports import report
+    from adaptconv.tuner import load_factory
+
+    model, inputs = load_factory(a.factory)
+    made = report(model, inputs, train=a.train)
+    print({"table": str, "markdown": type(made).to_markdown, "json": type(made).to_json}[a.format](made))
+    return 0
+
+
+def _explain(a: argparse.Namespace) -> int:
+    from adaptconv.reports import explain
+
+    if a.factory:
+        from adaptconv.compile.optimize import split_inputs
+        from adaptconv.tuner import load_factory
+
+        model, inputs = load_factory(a.factory)
+        args, _ = split_inputs(inputs)
+        print(explain(model, *args, train=a.train))
+        return 0
+    if a.input is None or a.weight is None:
+        raise AdaptConvError("give a factory, or --input and --weight of one layer; see adaptconv explain --help")
+    print(explain(*_layer_of(a), train=a.train))
+    return 0
+
+
+def _layer_of(a: argparse.Namespace) -> tuple[Any, Any]:
+    """The AdaptiveConv and input that the options describe, on the meta of real zeros."""
+    import torch
+
+    from adaptconv import modules
+
+    axes = len(a.input) - 2
+    if axes not in (1, 2, 3):
+        raise AdaptConvError(f"--input is N,C and 1 to 3 extents, got {','.join(map(str, a.input))}")
+    cls = (modules.AdaptiveConv1d, modules.AdaptiveConv2d, modules.AdaptiveConv3d)[axes - 1]
+    padding = a.padding if isinstance(a.padding, str) or len(a.padding) == axes else a.padding * axes
+    common: dict[str, Any] = {
+        "stride": a.stride * axes if len(a.stride) == 1 else a.stride, "padding": padding, "groups": a.groups,
+        "bias": False, "dtype": getattr(torch, a.dtype),
+    }  # fmt: skip
+    if a.taps is None:
+        dilation = a.dilation * axes if len(a.dilation) == 1 else a.dilation
+        layer = cls(a.input[1], a.weight[0], tuple(a.weight[2:]), dilation=dilation, **common)
+    else:
+        layer = cls(a.input[1], a.weight[0], taps=a.taps, **common)
+    x = torch.zeros(a.input, dtype=common["dtype"], requires_grad=a.train)
+    if a.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
+    return layer, x
+
+
+def _from_clone(module: str, rest: Sequence[str]) -> int:
+    """Run a module of the repository's benchmarks/, which is not part of the installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "benchmarks").is_dir() and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    if importlib.util.find_spec("benchmarks") is None:
+        raise AdaptConvError("this command needs a clone of the repository: its networks and suites live in benchmarks/")
+    run: Callable[[Sequence[str]], int] = importlib.import_module(f"benchmarks.{module}").main
+    return run([argument for argument in rest if argument != "--"])
+
+
+def _demo(a: argparse.Namespace) -> int:
+    return _from_clone("demo", a.rest)
+
+
+def _bench(a: argparse.Namespace) -> int:
+    return _from_clone("run", a.rest)
+
+
+def _db(a: argparse.Namespace) -> int:
+    from adaptconv import databases
+
+    return databases.run(a.action, a.paths)
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from adaptconv import doctor
+
+    print(doctor.examine())
+    return 0

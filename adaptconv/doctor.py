@@ -1,0 +1,104 @@
+"""doctor: what this machine has, and what that means for adaptconv."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from adaptconv import measure
+from adaptconv._version import __version__
+from adaptconv.problem import Device
+from adaptconv.records import Store, default_store
+
+_MARKS = {"good": "ok  ", "note": "note", "bad": "!!  "}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found.
+
+    Attributes:
+        state: "good", "note" or "bad".
+        subject: what was looked at.
+        fact: what is there.
+        meaning: what follows for the user; "" where nothing does.
+    """
+
+    state: str
+    subject: str
+    fact: str
+    meaning: str = ""
+
+    def __str__(self) -> str:
+        follows = f"\n       -> {self.meaning}" if self.meaning else ""
+        return f"{_MARKS[self.state]} {self.subject}: {self.fact}{follows}"
+
+
+def examine() -> str:
+    """Look at everything; about two seconds, most of it measuring the processor."""
+    lines = [f"adaptconv {__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    lines += [str(finding) for finding in (*_versions(), *_compilers(), *_devices(), *_database(default_store()))]
+    return "\n".join(lines)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("good", "torch", str(torch.__version__))
+    try:
+        yield Finding("good", "optuna", metadata.version("optuna"))
+    except metadata.PackageNotFoundError:
+        yield Finding("bad", "optuna", "not installed", "adaptconv.tune cannot run: pip install optuna")
+    try:
+        yield Finding("good", "triton", metadata.version("triton"))
+    except metadata.PackageNotFoundError:
+        yield Finding("note", "triton", "not installed", "on a GPU, torch.compile and sparse kernels need it; a CPU does not")
+
+
+def _compilers() -> Iterator[Finding]:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        yield Finding("good", "C++ compiler", str(cpp_builder.get_cpp_compiler()))
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        yield Finding(
+            "bad", "C++ compiler", "none found",
+            "adaptconv.optimize still rewrites models on the CPU but runs them uncompiled; install g++ or clang++",
+        )  # fmt: skip
+
+
+def _devices() -> Iterator[Finding]:
+    limits = measure.machine_limits(torch.device("cpu"), budget_s=1.0)
+    speed = f"copies {limits['copy_gb_s']:.0f} GB/s, multiplies {limits['gemm_gflop_s']:.0f} GFLOP/s in float32"
+    device = Device.of(torch.device("cpu"))
+    yield Finding("good", "CPU", f"{device}; {speed}", f"records for it are kept under '{device.slug}'")
+    if not torch.cuda.is_available():
+        yield Finding("note", "GPU", "none that torch can use", "everything runs on the CPU")
+    for index in range(torch.cuda.device_count()):
+        gpu = Device.of(torch.device("cuda", index))
+        yield Finding("good", f"GPU {index}", str(gpu), f"records for it are kept under '{gpu.slug}'")
+
+
+def _database(store: Store) -> Iterator[Finding]:
+    counts: dict[str, int] = {}
+    for hit in store.records():
+        counts[hit.layer] = counts.get(hit.layer, 0) + 1
+    for layer in store.layers:
+        where = "not set" if layer.root is None else str(layer.root)
+        held = counts.get(layer.name, 0)
+        yield Finding("good" if held else "note", f"database, {layer.name} layer", f"{where}: {held} records")
+    if not counts:
+        yield Finding("note", "database", "empty", "dispatch predicts instead of remembering: run adaptconv tune once")
+    target = store.target
+    if target is None:
+        yield Finding("bad", "tuning writes to", "nowhere: HOME and XDG_CACHE_HOME are not set", "set one, or ADAPTCONV_DB")
+        return
+    nearest = target
+    while not nearest.exists():
+        nearest = nearest.parent
+    writable = os.access(nearest, os.W_OK | os.X_OK) and nearest.is_dir()
+    meaning = "" if writable else "tuning results will not be kept: set ADAPTCONV_DB to a folder of yours"
+    yield Finding("good" if writable else "bad", "tuning writes to", f"{target}{'' if writable else ' (not writable)'}", meaning)

@@ -1,0 +1,14 @@
+"""Tuning: every sound way to compute a problem, checked against the oracle, timed beside native, remembered.
+
+``session`` shares the time among the problems, ``contest`` finds the winner of one, ``bench`` holds its
+operands and checks its candidates, ``search`` asks Optuna what to try (nothing else imports optuna),
+``result`` is what comes back and ``factory`` finds a model by name.
+"""
+
+from __future__ import annotations
+
+from adaptconv.tuner.factory import load_factory
+from adaptconv.tuner.result import TuneError, TuneResult, TuneRow
+from adaptconv.tuner.session import tune, tune_problems
+
+__all__ = ["TuneError", "TuneResult", "TuneRow", "load_factory", "tune", "tune_problems"]

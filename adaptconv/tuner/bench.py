@@ -1,0 +1,260 @@
+"""Bench: the operands of one problem, and the check that a candidate must pass before it may win.
+
+The oracle works in float64 and tap by tap, so on large problems it would cost more than all the timing. It
+is then computed on a slice that is *exactly* what the whole result holds there:
+
+- FORWARD and GRAD_INPUT are independent across images, groups, and the channels of their result in a group;
+- GRAD_WEIGHT is independent across groups and across both channels of a weight; all images enter it.
+
+The slice is spread over first to last, and the rest of a candidate's result is compared with the baseline's,
+which passed the same check. Every candidate therefore runs on the full operands, as it will be timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter_ns
+
+import torch
+from torch import Tensor
+
+from adaptconv import ops
+from adaptconv.backends import Choice
+from adaptconv.dispatch import Source, plan_from_choice
+from adaptconv.problem import Direction, Problem
+from adaptconv.reference import reference, relative_error
+
+ORACLE_S = 0.15  # roughly what the oracle of one problem may take on two CPU cores
+# Relative L2 errors that are never held against a candidate: a few roundings of the result.
+_FLOORS = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
+_FLOOR_OTHERWISE = 1e-6
+_ALLOWED = 2.0  # times the baseline's own error
+_WRONG = 30.0  # times what is allowed: beyond rounding, however unfavourably it was summed
+
+Index = tuple[int, ...]
+
+
+class Discarded(Exception):
+    """A candidate that may not win, and why.
+
+    Attributes:
+        wrong: whether it gave a wrong result, rather than none.
+    """
+
+    def __init__(self, reason: str, *, wrong: bool = False) -> None:
+        super().__init__(reason)
+        self.wrong = wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Part of a problem that can be computed on its own. Channels are counted within a group.
+
+    Attributes:
+        images, groups, outs, ins: indices kept along each, ascending.
+    """
+
+    images: Index
+    groups: Index
+    outs: Index
+    ins: Index
+
+    def of(self, problem: Problem) -> Problem:
+        """The problem of the slice alone."""
+        count = len(self.groups)
+        return replace(
+            problem, batch=len(self.images), groups=count, c_in=count * len(self.ins), c_out=count * len(self.outs)
+        )
+
+    def activation(self, problem: Problem, t: Tensor, channels: Index) -> Tensor:
+        """The part of ``[N, C, *spatial]`` it keeps, ``channels`` of every kept group."""
+        t = _taken(t, 0, self.images)
+        t = t.reshape(t.shape[0], problem.groups, -1, *t.shape[2:])
+        return _taken(_taken(t, 1, self.groups), 2, channels).flatten(1, 2)
+
+    def weight(self, problem: Problem, w: Tensor) -> Tensor:
+        """The part of ``[C_out, C_in/groups, T]`` it keeps."""
+        w = _taken(w.reshape(problem.groups, -1, *w.shape[1:]), 0, self.groups)
+        return _taken(_taken(w, 1, self.outs), 2, self.ins).flatten(0, 1)
+
+    def operands(self, problem: Problem, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of both operands it needs."""
+        x, dy = partial(self.activation, channels=self.ins), partial(self.activation, channels=self.outs)
+        if problem.direction is Direction.FORWARD:
+            return x(problem, a), self.weight(problem, b)
+        if problem.direction is Direction.GRAD_INPUT:
+            return dy(problem, a), self.weight(problem, b)
+        return x(problem, a), dy(problem, b)
+
+    def result(self, problem: Problem, t: Tensor) -> Tensor:
+        """The part of the problem's result that is the slice's result."""
+        if problem.direction is Direction.FORWARD:
+            return self.activation(problem, t, self.outs)
+        if problem.direction is Direction.GRAD_INPUT:
+            return self.activation(problem, t, self.ins)
+        return self.weight(problem, t)
+
+
+class Bench:
+    """One problem with operands of its shapes, dtype and memory formats, and its candidates' results checked.
+
+    Args:
+        problem: the problem.
+        device: where to run it.
+        seed: of the random operands; torch's global generator is left alone.
+    """
+
+    def __init__(self, problem: Problem, device: torch.device, seed: int = 0) -> None:
+        self.problem = problem
+        self.device = device
+        self.a, self.b, self.bias = _operands(problem, device, seed)
+        self._slice = affordable_slice(problem)
+        self._exact: Tensor | None = None
+        self._baseline: Tensor | None = None
+        self.limit = math.inf
+
+    def call(self, choice: Choice) -> Callable[[], Tensor]:
+        """Exactly what dispatch runs when a record names this choice.
+
+        Raises:
+            AdaptConvError: the choice does not fit the problem.
+        """
+        plan = plan_from_choice(self.problem, choice, Source.PINNED, "being tuned")
+        return partial(ops.execute, plan, self.a, self.b, self.bias)
+
+    def once_us(self, call: Callable[[], object]) -> float:
+        """One call by the clock, in microseconds; candidates that are far too slow need no better."""
+        start = perf_counter_ns()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (perf_counter_ns() - start) / 1e3
+
+    def set_baseline(self, choice: Choice) -> float:
+        """Run the baseline: its error is the measure of all others. Returns that relative L2 error.
+
+        Raises:
+            Exception: whatever the baseline raises.
+        """
+        result = self.call(choice)()
+        error = self._error(result)
+        floor = _FLOORS.get(self.problem.dtype, _FLOOR_OTHERWISE)
+        if math.isfinite(error):
+            self.limit = max(_ALLOWED * error, floor)
+            self._baseline = result
+        else:  # torch itself overflows here: only the oracle is left to compare with
+            self.limit, self._baseline = floor, None
+        return error
+
+    def check(self, choice: Choice) -> tuple[float, float]:
+        """Run a candidate once: its relative L2 error against the oracle, and the call's microseconds.
+
+        Raises:
+            Discarded: it raised, or its result is not the convolution's.
+        """
+        results: list[Tensor] = []
+        try:
+            call = self.call(choice)
+            taken = self.once_us(lambda: results.append(call()))
+        except Exception as failure:  # a candidate may fail in any way: compiler, memory, driver
+            text = (str(failure).strip().splitlines() or [""])[0]
+            raise Discarded(f"{type(failure).__name__}: {text}") from failure
+        result, expected = results[0], _result_shape(self.problem)
+        if tuple(result.shape) != expected or result.dtype is not self.problem.torch_dtype:
+            raise Discarded(f"gave {result.dtype} {tuple(result.shape)} where {expected} is due", wrong=True)
+        error = self._error(result)
+        if not error <= self.limit:
+            text = f"relative error {error:.1e} against the oracle, {self.limit:.1e} allowed"
+            raise Discarded(text, wrong=not error <= _WRONG * self.limit)
+        if self._baseline is not None:
+            # Both are within the limit of the truth where the oracle looked; so they must be everywhere.
+            apart = relative_error(result, self._baseline.double())
+            if not apart <= 3 * self.limit:
+                raise Discarded(f"relative distance {apart:.1e} to native, {3 * self.limit:.1e} allowed", wrong=True)
+        return error, taken
+
+    def _error(self, result: Tensor) -> float:
+        part = self._slice
+        if self._exact is None:
+            a, b = part.operands(self.problem, self.a, self.b)
+            bias = self.bias
+            if bias is not None:
+                bias = _taken(_taken(bias.reshape(self.problem.groups, -1), 0, part.groups), 1, part.outs).flatten()
+            self._exact = reference(part.of(self.problem), a, b, bias)
+        return relative_error(part.result(self.problem, result), self._exact)
+
+
+def affordable_slice(problem: Problem, seconds: float = ORACLE_S) -> Slice:
+    """The largest slice, by halving, whose oracle is expected to take no longer than this."""
+    counts = {
+        "images": problem.batch,
+        "groups": problem.groups,
+        "outs": problem.c_out // problem.groups,
+        "ins": problem.c_in // problem.groups,
+    }
+    whole = dict(counts)
+    free = {
+        Direction.FORWARD: ("groups", "images", "outs"),
+        Direction.GRAD_INPUT: ("groups", "images", "ins"),
+        Direction.GRAD_WEIGHT: ("groups", "outs", "ins"),
+    }[problem.direction]
+    while _oracle_s(problem, counts) > seconds and any(counts[name] > 1 for name in free):
+        widest = max(free, key=lambda name: counts[name])
+        counts[widest] = (counts[widest] + 1) // 2
+    return Slice(**{name: spread(whole[name], count) for name, count in counts.items()})
+
+
+def spread(size: int, count: int) -> Index:
+    """``count`` indices spread evenly over ``range(size)``, first and last included; one alone is the last."""
+    if count == 1:
+        return (size - 1,)
+    return tuple(i * (size - 1) // (count - 1) for i in range(count))
+
+
+def _oracle_s(problem: Problem, counts: dict[str, int]) -> float:
+    """Expected seconds of the oracle: arithmetic, traffic and fixed cost of every tap (two CPU cores)."""
+    pixels = counts["images"] * counts["groups"] * math.prod(problem.out_spatial)
+    flops = 2 * pixels * counts["outs"] * counts["ins"]
+    moved = pixels * (counts["outs"] + counts["ins"])
+    return len(problem.taps) * (flops / 8e9 + 8e-9 * moved + 4e-5)
+
+
+def _operands(problem: Problem, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random operands of unit size, scaled so that results are of unit size too (half precision has a short range)."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(shape: tuple[int, ...], scale: float, memory_format: torch.memory_format) -> Tensor:
+        t = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(scale)
+        return t.to(problem.torch_dtype).contiguous(memory_format=memory_format)
+
+    plain = torch.contiguous_format
+    ins, outs = problem.c_in // problem.groups, problem.c_out // problem.groups
+    taps = max(len(problem.taps), 1)
+    # A "mixed" problem has a contiguous input; whatever comes back from its output is in the output's format.
+    x_format = problem.memory_format if problem.layout == "channels_last" else plain
+    if problem.direction is Direction.FORWARD:
+        x, w = normal(problem.input_shape, 1.0, x_format), normal(problem.weight_shape, (ins * taps) ** -0.5, plain)
+        return x, w, normal((problem.c_out,), 1.0, plain) if problem.bias else None
+    if problem.direction is Direction.GRAD_INPUT:
+        dy = normal(problem.output_shape, 1.0, problem.memory_format)
+        return dy, normal(problem.weight_shape, (outs * taps) ** -0.5, plain), None
+    pixels = max(problem.batch * math.prod(problem.out_spatial), 1)
+    dy = normal(problem.output_shape, pixels**-0.5, problem.memory_format)
+    return normal(problem.input_shape, 1.0, x_format), dy, None
+
+
+def _result_shape(problem: Problem) -> tuple[int, ...]:
+    return {
+        Direction.FORWARD: problem.output_shape,
+        Direction.GRAD_INPUT: problem.input_shape,
+        Direction.GRAD_WEIGHT: problem.weight_shape,
+    }[problem.direction]
+
+
+def _taken(t: Tensor, dim: int, index: Index) -> Tensor:
+    if len(index) == t.shape[dim]:
+        return t
+    return t.index_select(dim, torch.tensor(index, device=t.device))

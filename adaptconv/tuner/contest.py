@@ -1,0 +1,339 @@
+"""Contest: the fastest sound way to compute one problem, found in three heats.
+
+1. *Screening*: every backend's search proposes; each candidate is checked against the oracle, then the
+   sound ones are timed together with the baseline in a few interleaved rounds.
+2. *Final*: the best of all, the best of each backend within reach, and the baseline, in more rounds.
+3. *Photo finish*: those within a hair of the winner, or of the baseline, once more before choosing.
+
+The baseline is what a user has without adaptconv: the plain torch call, and where the taps are not one grid
+and there is no such call, the better of the two ways to write it by hand (a dense kernel with zeros in it, or
+a sum of grids), each with default knobs. It is checked and timed like any other candidate, and a tie is its.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptconv import measure, records
+from adaptconv.backends import BACKENDS, Choice, Config, backend_named
+from adaptconv.backends.costs import is_modelled
+from adaptconv.dispatch import decisions
+from adaptconv.measure import Timing
+from adaptconv.problem import Problem
+from adaptconv.records import Record, Rival
+from adaptconv.tuner.bench import Bench, Discarded
+
+if TYPE_CHECKING:
+    from adaptconv.tuner.search import Search
+
+_LOG = logging.getLogger("adaptconv.tuner")
+
+TIE = 0.97  # a winner takes at most this share of the baseline's time, or the baseline stays
+NEAR = 1.05  # within this of the fastest, the order is not yet known
+_SAME = 1.02  # still within this after the photo finish, the plainer choice is taken
+_IN_REACH = 1.3  # of the screening's best: goes to the final
+_RIVAL_REACH = 3.0  # likewise for the best of each other backend
+_FINALISTS = 6
+_BATCH = 4  # configurations a backend a screening run
+_FAR = 15.0  # times the best predicted, or the baseline
+_LONG = 0.05  # of the time for a problem: what a single call may take without being looked at twice
+_HOPELESS = 6.0  # times the baseline: told as timed by a single call
+_HOPELESS_US = 5e3  # below this a call is cheap enough to be timed properly
+_SEEDS = 4
+_SCREENING = 0.6  # of the time for a problem
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sound choice as the screening saw it.
+
+    Attributes:
+        choice: backend and configuration.
+        error: relative L2 error against the oracle.
+        ratio: its time over the baseline's in the same run.
+    """
+
+    choice: Choice
+    error: float
+    ratio: float
+
+
+class NoBaseline(Exception):
+    """Torch itself cannot run the problem, so there is nothing to compare with."""
+
+
+def hold(
+    problem: Problem, device: torch.device, *, budget_s: float, trials: int | None = None, storage: Any = None,
+    seed: int = 0,
+) -> Record:  # fmt: skip
+    """Find the winner of one problem; it is returned as a record, not written.
+
+    Args:
+        problem: the problem; it must be of this machine and of torch's flags as they are.
+        device: where it runs.
+        budget_s: seconds after which no further candidate is tried. The default of every backend and a
+            short final are run in any case.
+        trials: most configurations a backend.
+        storage: an open Optuna storage, or None.
+        seed: of operands and samplers.
+
+    Raises:
+        NoBaseline: plain torch fails on the problem.
+    """
+    deadline = monotonic() + budget_s
+    # What autocast would change is the problem's dtype, and that has been decided.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        contest = _Contest(problem, device, budget_s, seed)
+        contest.screen(_searches(problem, trials, storage, seed), deadline - budget_s * (1 - _SCREENING))
+        return contest.decide(deadline)
+
+
+class _Contest:
+    """The state of one contest; ``screen`` fills it, ``decide`` reads it."""
+
+    def __init__(self, problem: Problem, device: torch.device, budget_s: float, seed: int) -> None:
+        self.problem = problem
+        self.device = device
+        self.long_us = _LONG * budget_s * 1e6
+        predicted = [d.predicted_us for d in decisions(problem) if d.predicted_us is not None]
+        self.least_predicted_us = min(predicted, default=math.inf)
+        self.hopeless: dict[str, float] = {}  # by backend, the least prediction for one that proved so
+        self.bench = Bench(problem, device, seed)
+        self.sound: dict[Choice, Candidate] = {}
+        self.baseline, self.baseline_us = self._pick_baseline()
+
+    def _pick_baseline(self) -> tuple[Choice, float]:
+        """The baseline and a first idea of its time."""
+        errors, failures = {}, []
+        for choice in by_hand(self.problem):
+            try:
+                errors[choice] = self.bench.set_baseline(choice)
+            except Exception as failure:  # noqa: BLE001 - torch may refuse a dtype, run out of memory, ...
+                failures.append(f"{choice}: {failure}")
+        if not errors:
+            raise NoBaseline("; ".join(failures))
+        choice = next(iter(errors))
+        if len(errors) > 1:
+            timings = self._timed(errors, 0.2, 3, 20)
+            choice = min(errors, key=lambda choice: timings[choice].p20_us)
+            self.bench.set_baseline(choice)
+        self.sound[choice] = Candidate(choice, errors[choice], 1.0)
+        return choice, self.bench.once_us(self.bench.call(choice))
+
+    # ---- screening ----------------------------------------------------------------------------
+
+    def screen(self, searches: list[Search], deadline: float) -> None:
+        """Try what the searches propose until they have nothing more, or time is up."""
+        halfway = (monotonic() + deadline) / 2
+        first = True
+        try:
+            while first or monotonic() < deadline:
+                if monotonic() > halfway:
+                    for search in searches:
+                        search.refine()
+                proposals = {search: search.propose(_BATCH) for search in searches}
+                if not any(proposals.values()):
+                    return
+                self._screen_batch(proposals, deadline)
+                first = False
+        finally:
+            for search in searches:
+                search.close()
+
+    def _screen_batch(self, proposals: Mapping[Search, list[Choice]], deadline: float) -> None:
+        """Check and time one batch. Out of time, the first of each backend is still tried."""
+        errors: dict[Choice, float] = {}
+        told: dict[Choice, float | None] = {}
+        for choices in proposals.values():
+            if self.baseline in choices:
+                told[self.baseline] = 1.0
+            for i, choice in enumerate(c for c in choices if c != self.baseline):
+                if i and monotonic() > deadline:
+                    break
+                try:
+                    self._guard_time(choice)
+                    error, taken = self.bench.check(choice)
+                except Discarded as failure:
+                    told[choice] = None
+                    level = logging.WARNING if failure.wrong else logging.INFO
+                    _LOG.log(level, "discarded %s on %s: %s", choice, self.problem, failure)
+                    continue
+                ratio = self._hopeless(choice, taken)
+                if ratio is None:
+                    errors[choice] = error
+                else:
+                    told[choice] = ratio
+                    self.sound[choice] = Candidate(choice, error, ratio)
+        left = deadline - monotonic()
+        timings = self._timed([self.baseline, *errors], left, 3 if left > 0 else 2, 8) if errors else {}
+        for choice, error in errors.items():
+            told[choice] = ratio = timings[choice].p20_us / timings[self.baseline].p20_us
+            self.sound[choice] = Candidate(choice, error, ratio)
+        for search, choices in proposals.items():
+            for choice in choices:
+                if choice in told:
+                    search.tell(choice.config, told[choice])
+
+    def _guard_time(self, choice: Choice) -> None:
+        """Keep out what would eat the time of all others: a call cannot be stopped once it runs.
+
+        Raises:
+            Discarded: a long call is predicted, and something far faster too; or the same backend was
+                seen to be hopeless, and nothing much better is predicted of this configuration.
+        """
+        predicted = self._predicted_us(choice)
+        if predicted is None or predicted < self.long_us:
+            return
+        if predicted > _FAR * self.least_predicted_us:
+            least = self.least_predicted_us
+            raise Discarded(f"not run: {predicted:,.0f} us predicted, {least:,.0f} us of another candidate")
+        if predicted > self.hopeless.get(choice.backend, math.inf) / 2:
+            raise Discarded("not run: another configuration of this backend was hopeless, and this is predicted alike")
+
+    def _predicted_us(self, choice: Choice) -> float | None:
+        if not is_modelled(self.problem.device):
+            return None
+        return backend_named(choice.backend).cost(self.problem, choice.config)
+
+    def _hopeless(self, choice: Choice, taken: float) -> float | None:
+        """The candidate's ratio if its first call, and if need be one more, shows that timing it is a waste."""
+        for _ in range(2):
+            ratio = taken / self.baseline_us
+            if taken <= _HOPELESS_US or ratio <= _HOPELESS:
+                return None
+            if ratio > _FAR:
+                break
+            taken = min(taken, self.bench.once_us(self.bench.call(choice)))
+        predicted = self._predicted_us(choice)
+        if predicted is not None:
+            self.hopeless[choice.backend] = min(predicted, self.hopeless.get(choice.backend, math.inf))
+        return ratio
+
+    def _timed(self, choices: Iterable[Choice], seconds: float, least: int, most: int) -> dict[Choice, Timing]:
+        chosen = {str(choice): choice for choice in choices}
+        calls = {name: self.bench.call(choice) for name, choice in chosen.items()}
+        timings = measure.interleave(
+            calls, budget_s=max(0.0, seconds), device=self.device, min_rounds=least, max_rounds=most, warmup=0
+        )  # no warm-up: each has run before, when it was checked
+        return {chosen[name]: timing for name, timing in timings.items()}
+
+    # ---- decision -----------------------------------------------------------------------------
+
+    def decide(self, deadline: float) -> Record:
+        """Run the final, and the photo finish if it takes one; the winner as a record."""
+        left = deadline - monotonic()
+        final = self._timed(self._finalists(_FINALISTS if left > 0 else 2), min(1.0, 0.6 * left), 5, 40)
+        near = self._too_close(final)
+        last = final
+        if near:
+            last = self._timed([self.baseline, *near], min(1.0, 0.9 * (deadline - monotonic())), 9, 80)
+        winner = chosen(last, self.baseline)
+        return self._record(winner, last, final)
+
+    def _finalists(self, most: int) -> list[Choice]:
+        ranked = sorted(self.sound.values(), key=lambda candidate: candidate.ratio)
+        best = ranked[0].ratio
+        finalists = {c.choice: None for c in ranked[:most] if c.ratio <= _IN_REACH * best}
+        rivals = _best_of_backends(ranked).values() if most == _FINALISTS else ()
+        finalists |= {c.choice: None for c in rivals if c.ratio <= _RIVAL_REACH * best}
+        return [self.baseline, *(choice for choice in finalists if choice != self.baseline)]
+
+    def _too_close(self, final: Mapping[Choice, Timing]) -> list[Choice]:
+        """Who must run again beside the baseline; nobody where the order is clear."""
+        best = min(timing.p20_us for timing in final.values())
+        near = sorted((c for c in final if final[c].p20_us <= NEAR * best), key=lambda c: final[c].p20_us)
+        others = [c for c in near if c != self.baseline]
+        close_to_baseline = final[self.baseline].p20_us <= NEAR / TIE * best
+        return others[:3] if others and (len(others) > 1 or close_to_baseline) else []
+
+    def _record(self, winner: Choice, last: Mapping[Choice, Timing], final: Mapping[Choice, Timing]) -> Record:
+        native_us = last[self.baseline].p20_us
+        ratios = {choice: candidate.ratio for choice, candidate in self.sound.items()}
+        for run in (final, last):  # the latest run that timed it, always relative to the baseline of that run
+            ratios |= {choice: timing.p20_us / run[self.baseline].p20_us for choice, timing in run.items()}
+        ranked = sorted((Candidate(c, 0.0, ratio) for c, ratio in ratios.items()), key=lambda c: c.ratio)
+        rivals = tuple(
+            Rival(str(candidate.choice), candidate.ratio * native_us)
+            for name, candidate in _best_of_backends(ranked).items()
+            if name != winner.backend
+        )
+        timing = last[winner]
+        return Record(
+            key=self.problem.key(), backend=winner.backend, version=winner.version, config=dict(winner.config),
+            p20_us=timing.p20_us, median_us=timing.median_us, p80_us=timing.p80_us, native_us=native_us,
+            error=_finite(self.sound[winner].error), native_error=_finite(self.sound[self.baseline].error),
+            toolchain=records.toolchain(self.device), measured_on=records.utc_now(), rivals=rivals,
+        )  # fmt: skip
+
+
+def by_hand(problem: Problem) -> list[Choice]:
+    """What a user would write without adaptconv: one choice, or several of which the fastest counts."""
+    native = backend_named("native")
+    if not native.rejects(problem):
+        return [native.default(problem)]
+    backends = (backend_named(name) for name in ("dense", "dual"))
+    return [backend.default(problem) for backend in backends if not backend.rejects(problem)]
+
+
+def chosen(timings: Mapping[Choice, Timing], baseline: Choice) -> Choice:
+    """The winner of a run: the fastest that beats the baseline beyond doubt, else the baseline.
+
+    Beyond doubt: a 20th percentile of at most ``TIE`` times the baseline's, and a faster fastest sample.
+    Between winners that cannot be told apart, the earlier backend with fewer knobs turned is taken.
+    """
+    own = timings[baseline]
+    better = [c for c, t in timings.items() if t.p20_us <= TIE * own.p20_us and t.min_us < own.min_us]
+    better = [choice for choice in better if choice != baseline]
+    if not better:
+        return baseline
+    best = min(timings[choice].p20_us for choice in better)
+    order = {backend.name: place for place, backend in enumerate(BACKENDS)}
+    same = [choice for choice in better if timings[choice].p20_us <= _SAME * best]
+    return min(same, key=lambda choice: (order[choice.backend], len(set(choice.config.items())), str(choice)))
+
+
+def seeds_for(problem: Problem) -> dict[str, list[Config]]:
+    """The bests that nearby records, stale ones included, name for each backend, nearest first."""
+    seeds: dict[str, list[Config]] = {}
+    for _, hit in records.default_store().neighbours(problem, limit=4 * _SEEDS):
+        texts = [Choice(hit.record.backend, hit.record.version, Config(hit.record.config))]
+        for rival in hit.record.rivals:
+            with contextlib.suppress(ValueError):
+                texts.append(Choice.parse(rival.choice))
+        for choice in texts:
+            known = seeds.setdefault(choice.backend, [])
+            if len(known) < _SEEDS and choice.config not in known:
+                known.append(choice.config)
+    return seeds
+
+
+def _searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> list[Search]:
+    from adaptconv.tuner.search import Search  # here, so that importing the tuner does not import optuna
+
+    versions = records.toolchain(torch.device(problem.device.kind))
+    scope = " ".join(f"{name} {version}" for name, version in versions.items())
+    seeds = seeds_for(problem)
+    make = partial(Search, problem, storage=storage, scope=scope, trials=trials, seed=seed)
+    return [make(b, seeds=seeds.get(b.name, ())) for b in BACKENDS if not b.rejects(problem)]
+
+
+def _best_of_backends(ranked: Iterable[Candidate]) -> dict[str, Candidate]:
+    """The first of each backend among candidates sorted by ratio."""
+    best: dict[str, Candidate] = {}
+    for candidate in ranked:
+        best.setdefault(candidate.choice.backend, candidate)
+    return best
+
+
+def _finite(error: float) -> float:
+    """An error as a record can hold it; where torch overflows, the relative error is 1 by its meaning."""
+    return error if math.isfinite(error) else 1.0

@@ -1,0 +1,164 @@
+"""Every backend x case x direction x configuration x dtype x layout against the float64 oracle.
+
+``python -m tests.test_conformance`` prints the worst error of each backend, direction and dtype as a
+multiple of native's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptconv.backends import BACKENDS, Backend, Config, backend_named
+from adaptconv.problem import Direction, Problem
+from adaptconv.reference import reference, relative_error
+from tests.cases import CASES, Case
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "strided")
+SLACK = 2.0  # times native's own error
+EVERY_CONFIG = 16  # spaces up to this size are walked whole
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run: its error, native's on the same operands, and what makes it wrong whatever its error."""
+
+    config: Config
+    dtype: torch.dtype
+    layout: str
+    error: float
+    native: float
+    fault: str = ""
+
+    @property
+    def bound(self) -> float:
+        """Twice native's error; never less than half a unit in the last place, the error of rounding right."""
+        return max(SLACK * self.native, torch.finfo(self.dtype).eps / 2)
+
+    @property
+    def verdict(self) -> str:
+        """Empty if it conforms, else what is wrong."""
+        wrong = self.fault or (f"error {self.error:.2e} > {self.bound:.2e}" if not self.error <= self.bound else "")
+        return wrong and f"{str(self.dtype)[6:]} {self.layout} {{{self.config}}}: {wrong}"
+
+
+def configs(backend: Backend, problem: Problem) -> list[Config]:
+    """The whole space, or its default and each knob's alternatives where it is large."""
+    space = backend.space(problem)
+    if space.size <= EVERY_CONFIG:
+        return list(space)
+    default = space.default
+    return [default, *(Config(default, **{k.name: v}) for k in space.knobs for v in k.values if v != k.default)]
+
+
+@lru_cache(maxsize=8)
+def operands(case: Case, direction: Direction, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float]:
+    """Operands rounded to a dtype, the oracle's answer to them, and the error of plain native on them."""
+    problem = case.problem(direction, dtype)
+    generator = torch.Generator().manual_seed(len(case.name))
+    x, w, dy = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in (problem.input_shape, problem.weight_shape, problem.output_shape)
+    )
+    a, b = {Direction.FORWARD: (x, w), Direction.GRAD_INPUT: (dy, w), Direction.GRAD_WEIGHT: (x, dy)}[direction]
+    bias = torch.randn(case.c_out, generator=generator, dtype=torch.float64).to(dtype) if problem.bias else None
+    exact = reference(problem, a, b, bias)
+    native = backend_named("native")
+    plain = backend_named("dense") if native.rejects(problem) else native
+    error = relative_error(plain.run(problem, plain.space(problem).default, a, b, bias), exact)
+    return a, b, bias, exact, error
+
+
+def arranged(t: Tensor, layout: str, axes: int) -> Tensor:
+    """The same values in another layout; ``strided`` is contiguous in none."""
+    if layout == "channels_last" and t.dim() > 3:
+        return t.contiguous(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
+    if layout == "strided":
+        return torch.stack((t, t + 1), dim=-1)[..., 0]
+    return t
+
+
+def outcomes(backend: Backend, case: Case, direction: Direction) -> Iterator[Outcome]:
+    """Run a case every way a backend declares."""
+    for dtype in DTYPES:
+        a, b, bias, exact, native = operands(case, direction, dtype)
+        for layout in LAYOUTS:
+            axes = len(case.spatial)
+            if layout == "channels_last" and axes == 1:
+                continue
+            problem = case.problem(direction, dtype, "contiguous" if layout == "strided" else layout)
+            here, there = arranged(a, layout, axes), arranged(b, layout, axes)
+            for config in configs(backend, problem):
+                versions = here._version, there._version
+                result = backend.run(problem, config, here, there, bias)
+                fault = "" if (here._version, there._version) == versions else "changes an operand in place"
+                if result.dtype is not dtype:
+                    fault = f"dtype {result.dtype}"
+                elif result.shape != exact.shape:
+                    fault = f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+                elif direction is not Direction.GRAD_WEIGHT:
+                    if not result.is_contiguous(memory_format=problem.memory_format):
+                        fault = f"strides {result.stride()} are not {problem.memory_format}"
+                error = relative_error(result, exact) if not fault else float("inf")
+                yield Outcome(config, dtype, layout, error, native, fault)
+
+
+@pytest.mark.parametrize("direction", Direction, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_agrees_with_the_oracle(backend: Backend, case: Case, direction: Direction) -> None:
+    reason = backend.rejects(case.problem(direction))
+    if reason is not None:
+        assert len(reason) > 10, "a reason is a sentence"
+        assert backend.name != "dense", "dense is the fallback: it takes everything"
+        return
+    wrong = [outcome.verdict for outcome in outcomes(backend, case, direction) if outcome.verdict]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_backend_runs_much_and_every_case_runs_somewhere() -> None:
+    """A conformance test in which everything is rejected proves nothing."""
+    accepted = {
+        backend.name: {c.name for c in CASES if all(backend.rejects(c.problem(d)) is None for d in Direction)}
+        for backend in BACKENDS
+    }
+    least = {"native": 40, "dense": len(CASES), "gather": len(CASES), "dual": 8}
+    for name, cases in accepted.items():
+        assert len(cases) >= least.get(name, 1), f"{name} runs only {sorted(cases)}"
+    assert len({c.name for c in CASES}) == len(CASES)
+
+
+def main() -> None:
+    """Print the worst error of every backend, direction and dtype against native's own."""
+    torch.set_num_threads(2)
+    print("error of a backend over error of native on the same operands (dense-constructed where not one grid);")
+    print("'worst' is over cases, layouts and configurations; 'typical' the geometric mean; 'over' counts outcomes")
+    print("beyond max(2 x native, eps / 2)\n")
+    print(f"{'backend':8} {'direction':12} {'dtype':9} {'outcomes':>8} {'typical':>8} {'worst':>7} {'over':>5}  worst in")
+    for backend in BACKENDS:
+        for direction in Direction:
+            rows = {dtype: [] for dtype in DTYPES}
+            for case in CASES:
+                if backend.rejects(case.problem(direction)) is None:
+                    for outcome in outcomes(backend, case, direction):
+                        rows[outcome.dtype].append((case.name, outcome))
+            for dtype, found in rows.items():
+                floor = torch.finfo(dtype).eps / 4  # below it a ratio says how lucky native was, not how good
+                ratios = [(max(o.error, floor) / max(o.native, floor), name) for name, o in found]
+                worst, where = max(ratios)
+                typical = float(torch.tensor([r for r, _ in ratios], dtype=torch.float64).log().mean().exp())
+                over = sum(bool(o.verdict) for _, o in found)
+                print(
+                    f"{backend.name:8} {direction!s:12} {str(dtype)[6:]:9} {len(found):8} {typical:8.2f} {worst:7.2f} "
+                    f"{over:5}  {where}"
+                )
+
+
+if __name__ == "__main__":
+    main()
