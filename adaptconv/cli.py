@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
     db = command("db", "look after the tuning database", _db)
     db.add_argument("action", choices=("list", "verify", "export", "merge", "diff"))
-    db.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="verify PATH; export DIR; merge OUT IN...; diff A B")
+    uses = "verify PATH; export DIR; merge OUT IN...; diff A B"
+    db.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=uses)
 
     command("doctor", "what this machine has (torch, triton, compiler, GPU, database) and what that means", _doctor)
     return parser
@@ -141,7 +142,8 @@ def _report(a: argparse.Namespace) -> int:
 
     model, inputs = load_factory(a.factory)
     made = report(model, inputs, train=a.train)
-    print({"table": str, "markdown": type(made).to_markdown, "json": type(made).to_json}[a.format](made))
+    shown = {"table": made.__str__, "markdown": made.to_markdown, "json": made.to_json}[a.format]
+    print(shown())
     return 0
 
 
@@ -149,11 +151,11 @@ def _explain(a: argparse.Namespace) -> int:
     from adaptconv.reports import explain
 
     if a.factory:
-        from adaptconv.compile.optimize import split_inputs
+        from adaptconv.compile.optimize import as_arguments
         from adaptconv.tuner import load_factory
 
         model, inputs = load_factory(a.factory)
-        args, _ = split_inputs(inputs)
+        args, _ = as_arguments(inputs)
         print(explain(model, *args, train=a.train))
         return 0
     if a.input is None or a.weight is None:
@@ -194,7 +196,7 @@ def _from_clone(module: str, rest: Sequence[str]) -> int:
     if (root / "benchmarks").is_dir() and str(root) not in sys.path:
         sys.path.insert(0, str(root))
     if importlib.util.find_spec("benchmarks") is None:
-        raise AdaptConvError("this command needs a clone of the repository: its networks and suites live in benchmarks/")
+        raise AdaptConvError("this command needs a clone of the repository: its networks live in benchmarks/")
     run: Callable[[Sequence[str]], int] = importlib.import_module(f"benchmarks.{module}").main
     return run([argument for argument in rest if argument != "--"])
 

@@ -19,6 +19,10 @@ class ConvTypeError(AdaptConvError, TypeError):
     """An operand that is not a tensor."""
 
 
+class ExampleInputsError(AdaptConvError, ValueError):
+    """Example inputs that a model cannot be called with."""
+
+
 class BackendRejected(AdaptConvError, RuntimeError):
     """A pinned backend declined a problem; the message holds its reason."""
 

@@ -161,7 +161,7 @@ def _unkeyed(
     for name, value in (("input", input), ("weight", weight)):
         if not isinstance(value, Tensor):
             raise ConvTypeError(f"conv{axes}d: {name} must be a tensor, got {type(value).__name__}")
-    geometry = tuple(_hashable(v) for v in (stride, padding, dilation))
+    geometry = _hashable(stride), _hashable(padding), _hashable(dilation)
     if geometry != (stride, padding, dilation):
         return prepared(axes, input, weight, bias, *geometry, groups, taps)
     return _prepare(axes, input, weight, bias, stride, padding, dilation, groups, taps)
@@ -180,7 +180,7 @@ def _prepare(
     torch_conv = _CONV[axes]
     own_pattern = taps is not None
     if taps is None:
-        if input.dtype not in SUPPORTED and current_pin() is None or 0 in (*weight.shape, *input.shape[1:]):
+        if (input.dtype not in SUPPORTED and current_pin() is None) or 0 in (*weight.shape, *input.shape[1:]):
             # Integers, complex numbers and empty channels: torch serves them or says why not.
             return Call(lambda x, w, b: torch_conv(x, w, b, stride, padding, dilation, groups), None)
         taps = TapPattern.grid(*checked_grid(axes, weight, dilation))
@@ -202,7 +202,7 @@ def _prepare(
     grad = _grad()
     plans = ops.plan_all(problem, grad and input.requires_grad, grad and weight.requires_grad)
     if plans.plain and not own_pattern and _torch_takes(padding):
-        return Call(lambda x, w, b: torch_conv(x, w, b, stride, padding, dilation, groups), plans)  # type: ignore[arg-type]
+        return Call(lambda x, w, b: torch_conv(x, w, b, stride, padding, dilation, groups), plans)
     return Call(_planned_call(axes, plans), plans)
 
 

@@ -54,16 +54,14 @@ class Kernel:
         """
         if tuple(weight.shape[2:]) != taps.window:
             raise ConvArgumentError(f"weight window {tuple(weight.shape[2:])} is not the taps' window {taps.window}")
-        return Kernel(weight[(slice(None), slice(None), *_columns(taps))], taps)
+        return Kernel(weight.flatten(2).index_select(2, _positions(taps, weight.device)), taps)
 
     def dense(self) -> Tensor:
         """The weight written into its dense window, ``[C_out, C_in/groups, *window]``; differentiable."""
         plain = self.spread()
-        strides = [math.prod(plain.taps.window[axis + 1 :]) for axis in range(plain.taps.axes)]
-        positions = [sum(i * s for i, s in zip(offset, strides, strict=True)) for offset in plain.taps.offsets]
-        index = torch.tensor(positions, dtype=torch.long, device=plain.weight.device)
+        positions = _positions(plain.taps, plain.weight.device)
         flat = plain.weight.new_zeros((*plain.weight.shape[:2], plain.taps.window_taps))
-        return flat.index_copy(2, index, plain.weight).unflatten(2, plain.taps.window)
+        return flat.index_copy(2, positions, plain.weight).reshape(*plain.weight.shape[:2], *plain.taps.window)
 
     def spread(self) -> Kernel:
         """The same function without a footprint: its taps and weights written out."""
@@ -85,7 +83,8 @@ class Kernel:
         return Kernel(self.weight @ matrix.to(self.weight), taps)
 
 
-def _columns(taps: TapPattern) -> tuple[Tensor, ...]:
-    """Index tensors, one an axis, that pick a dense window's taps in order."""
-    offsets = torch.tensor(taps.offsets, dtype=torch.long).reshape(len(taps), taps.axes)
-    return tuple(offsets[:, axis] for axis in range(taps.axes))
+def _positions(taps: TapPattern, device: torch.device) -> Tensor:
+    """Row-major position in the window of every tap, in the taps' order: ``[T]``."""
+    strides = [math.prod(taps.window[axis + 1 :]) for axis in range(taps.axes)]
+    positions = [sum(i * step for i, step in zip(offset, strides, strict=True)) for offset in taps.offsets]
+    return torch.tensor(positions, dtype=torch.long, device=device)

@@ -155,8 +155,8 @@ def _clock_sample(call: Call, inner: int) -> float:
 
 def _event_sample(call: Call, inner: int, device: torch.device) -> float:
     with torch.cuda.device(device):  # events are recorded on the current stream of the current device
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(inner):
             call()

@@ -56,7 +56,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
                 raise ConvArgumentError(f"{name}: taps already say where they sit; leave dilation at 1, got {dilation!r}")
             kernel_size = pattern.window
         # The next class in line is torch's Conv1d, Conv2d or Conv3d.
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,  # type: ignore[arg-type]
             device, dtype,
         )  # fmt: skip
@@ -107,7 +107,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
     def extra_repr(self) -> str:
         """Torch's, with the taps where there are any."""
         if self.taps is None:
-            return super().extra_repr()
+            return str(super().extra_repr())
         parts = [f"{self.in_channels}, {self.out_channels}, taps={str(self.taps)!r}", f"stride={self.stride}"]
         if self.padding != (0,) * self._axes:
             parts.append(f"padding={self.padding}")
@@ -143,16 +143,16 @@ _DOC = """{axes}-D convolution with ``torch.nn.Conv{axes}d``'s signature, state_
 """
 
 
-class AdaptiveConv1d(_Adaptive, nn.Conv1d):
+class AdaptiveConv1d(_Adaptive, nn.Conv1d):  # noqa: D101 - its docstring is made from _DOC
     __doc__ = _DOC.format(axes=1, spatial="L")
     _axes = 1
 
 
-class AdaptiveConv2d(_Adaptive, nn.Conv2d):
+class AdaptiveConv2d(_Adaptive, nn.Conv2d):  # noqa: D101
     __doc__ = _DOC.format(axes=2, spatial="H, W")
     _axes = 2
 
 
-class AdaptiveConv3d(_Adaptive, nn.Conv3d):
+class AdaptiveConv3d(_Adaptive, nn.Conv3d):  # noqa: D101
     __doc__ = _DOC.format(axes=3, spatial="D, H, W")
     _axes = 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from adaptconv.errors import ConvArgumentError
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
 
-AUTO = "auto"  # a plan left to run time, as 'auto:<digest of the database>'
+AUTO = "auto:"  # before the digest of the database: a plan left to run time
+OPAQUE = "opaque:"  # before a plan text: run it in an op of its own, out of Inductor's sight
 _CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
@@ -62,7 +64,7 @@ def plan_all(forward: Problem, grad_input: bool, grad_weight: bool) -> Plans:
 
 def plans_from_text(forward: Problem, text: str) -> Plans:
     """Read ``Plans.text`` back for a problem, checked against this process's backends."""
-    parts = text.split("|")
+    parts = text.removeprefix(OPAQUE).split("|")
     if len(parts) != 3:
         raise ConvArgumentError(f"a plan text has three parts, 'forward|grad_input|grad_weight'; got {text!r}")
     read = [
@@ -114,10 +116,12 @@ class _Trilinear(torch.autograd.Function):
         ctx.save_for_backward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         need_a, need_b, need_bias = ctx.needs_input_grad[2:]
-        apply = _Trilinear.apply
+        apply: Callable[..., Tensor] = _Trilinear.apply
+        da: Tensor | None
+        db: Tensor | None
         plans: Plans = ctx.plans
         if ctx.direction is Direction.FORWARD:  # a = x, b = w, g = dy
             bias_grad = g.sum((0, *range(2, g.dim()))) if ctx.has_bias and need_bias else None
@@ -250,7 +254,7 @@ _LIBRARY.define(
 
 def auto_plan() -> str:
     """The plan text that leaves the decision to run time, named after the database it will read."""
-    return f"{AUTO}:{records.default_store().digest()}"
+    return f"{AUTO}{records.default_store().digest()}"
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import dynamo, two seconds of it.
@@ -268,8 +272,15 @@ def _conv(
     """adaptconv::conv, traced through: ``weight`` compact, ``padding`` as before, after an axis."""
     pattern = TapPattern.parse(taps)
     x, weight, bias = autocasted(x, weight, bias)
-    if any(not isinstance(extent, int) for extent in x.shape):
-        return _conv_symbolic(x, weight, bias, taps, stride, padding, groups, plan)
+    symbolic = any(not isinstance(extent, int) for extent in x.shape)
+    if symbolic or plan.startswith(OPAQUE):
+        # Extents unknown while tracing are planned at run time, from the real ones.
+        planned = auto_plan() if symbolic and not plan.startswith(AUTO) else plan
+        result: Tensor = torch.ops.adaptconv.direction(
+            str(Direction.FORWARD), x, weight, bias, taps, stride, padding, x.shape[2:], groups, layout_of(x, weight),
+            planned,
+        )  # fmt: skip
+        return result
     problem = forward_problem(
         x, weight, pattern, stride, _pairs(padding), groups, bias is not None, layout_of(x, weight)
     )
@@ -279,19 +290,6 @@ def _conv(
     else:
         plans = plans_from_text(problem, plan)
     return convolve(plans, x, weight, bias)
-
-
-def _conv_symbolic(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taps: str, stride: Sequence[int], padding: Sequence[int],
-    groups: int, plan: str,
-) -> Tensor:  # fmt: skip
-    """Extents unknown while tracing: one opaque op, planned at run time from the real shapes."""
-    digest = plan if plan.startswith(AUTO) else auto_plan()
-    layout = layout_of(x, weight)
-    result: Tensor = torch.ops.adaptconv.direction(
-        str(Direction.FORWARD), x, weight, bias, taps, stride, padding, x.shape[2:], groups, layout, digest
-    )
-    return result
 
 
 def _problem_of(
@@ -308,8 +306,16 @@ def _problem_of(
 
 
 def _direction(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    problem = _problem_of(Direction(direction), a, b, bias, *rest[:-1])
-    return execute(dispatch.plan(problem), a, b, bias)
+    *geometry, text = rest
+    problem = _problem_of(Direction(direction), a, b, bias, *geometry)
+    plan = dispatch.plan(problem) if text.startswith(AUTO) else _carried_plan(problem, text)
+    return execute(plan, a, b, bias)
+
+
+@lru_cache(maxsize=4096)
+def _carried_plan(problem: Problem, text: str) -> Plan:
+    """The plan of a problem's direction in a graph's plan text."""
+    return plans_from_text(problem.facing(Direction.FORWARD), text).of(problem.direction)
 
 
 def _direction_fake(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:

@@ -217,10 +217,10 @@ def _report(title: str, rows: Iterable[Row], note: str = "", device: torch.devic
 
 
 def _dry_run(model: Any, example_inputs: Any, train: bool) -> Report:
-    from adaptconv.compile.optimize import collect_sites, split_inputs
+    from adaptconv.compile.optimize import as_arguments, collect_sites
     from adaptconv.compile.rewrite import SiteReport, judge
 
-    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = as_arguments(example_inputs)
     rows: list[Row] = []
     taken: set[Any] = set()
     for site in collect_sites(model, args, kwargs, train=train):

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ def timed(layer: Layer, direction: Direction, device: torch.device, seconds: flo
             calls[f"native {layout} {choice.backend}"] = _call(problem, choice, a, b)
         plan = dispatch.plan(problem)
         plans[layout] = f"{plan.choice} ({plan.source})"
-        calls[f"adaptconv {layout}"] = lambda plan=plan, a=a, b=b: ops.execute(plan, a, b)
+        calls[f"adaptconv {layout}"] = partial(ops.execute, plan, a, b)
     with torch.no_grad():
         timings = measure.interleave(calls, budget_s=seconds, device=device)
     times = {name: timing.p20_us / 1e3 for name, timing in timings.items()}

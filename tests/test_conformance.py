@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -57,9 +58,55 @@ def configs(backend: Backend, problem: Problem) -> list[Config]:
     return [default, *(Config(default, **{k.name: v}) for k in space.knobs for v in k.values if v != k.default)]
 
 
+def extended(problem: Problem, a: Tensor, b: Tensor, bias: Tensor | None) -> np.ndarray:
+    """The problem in extended precision: the oracle is float64, so it cannot judge float64."""
+    left, right = (t.double().numpy().astype(np.longdouble) for t in (a, b))
+    n, g, forward = problem.batch, problem.groups, problem.direction is Direction.FORWARD
+    ins, outs = problem.c_in // g, problem.c_out // g
+    padded_extents = [extent + sum(pair) for extent, pair in zip(problem.spatial, problem.padding, strict=True)]
+    inner = tuple(slice(p, p + extent) for (p, _), extent in zip(problem.padding, problem.spatial, strict=True))
+    x = np.zeros((n, g, ins, *padded_extents), np.longdouble)
+    w = np.zeros((g, outs, ins, len(problem.taps)), np.longdouble)
+    y = np.zeros((n, g, outs, *problem.out_spatial), np.longdouble)
+    if problem.direction is not Direction.GRAD_INPUT:
+        x[(..., *inner)] = left.reshape(n, g, ins, *problem.spatial)
+    if problem.direction is not Direction.GRAD_WEIGHT:
+        w = right.reshape(w.shape)
+    if not forward:
+        y = (left if problem.direction is Direction.GRAD_INPUT else right).reshape(y.shape)
+    for t, offset in enumerate(problem.taps.offsets):
+        read = tuple(
+            slice(o, o + (count - 1) * step + 1, step)
+            for o, count, step in zip(offset, problem.out_spatial, problem.stride, strict=True)
+        )
+        if forward:
+            y += np.einsum("goi,ngi...->ngo...", w[..., t], x[(..., *read)])
+        elif problem.direction is Direction.GRAD_INPUT:
+            x[(..., *read)] += np.einsum("goi,ngo...->ngi...", w[..., t], y)
+        else:
+            seen = x[(..., *read)].reshape(n, g, ins, -1)
+            w[..., t] = np.einsum("ngop,ngip->goi", y.reshape(n, g, outs, -1), seen)
+    if forward:
+        y = y.reshape(problem.output_shape)
+        return y if bias is None else y + bias.double().numpy().reshape(-1, *(1,) * problem.axes)
+    return x[(..., *inner)].reshape(problem.input_shape) if problem.direction is Direction.GRAD_INPUT else w.reshape(
+        problem.weight_shape
+    )
+
+
+def error_of(result: Tensor, exact: Tensor | np.ndarray) -> float:
+    """Relative L2 error, against the oracle or against extended precision."""
+    if isinstance(exact, Tensor):
+        return relative_error(result, exact)
+    difference = np.sqrt(np.square(result.double().numpy() - exact).sum())
+    return float(difference / max(np.sqrt(np.square(exact).sum()), np.finfo(np.float64).tiny))
+
+
 @lru_cache(maxsize=8)
-def operands(case: Case, direction: Direction, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float]:
-    """Operands rounded to a dtype, the oracle's answer to them, and the error of plain native on them."""
+def operands(
+    case: Case, direction: Direction, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | np.ndarray, float]:
+    """Operands rounded to a dtype, the exact answer to them, and the error of plain native on them."""
     problem = case.problem(direction, dtype)
     generator = torch.Generator().manual_seed(len(case.name))
     x, w, dy = (
@@ -68,10 +115,10 @@ def operands(case: Case, direction: Direction, dtype: torch.dtype) -> tuple[Tens
     )
     a, b = {Direction.FORWARD: (x, w), Direction.GRAD_INPUT: (dy, w), Direction.GRAD_WEIGHT: (x, dy)}[direction]
     bias = torch.randn(case.c_out, generator=generator, dtype=torch.float64).to(dtype) if problem.bias else None
-    exact = reference(problem, a, b, bias)
+    exact = extended(problem, a, b, bias) if dtype is torch.float64 else reference(problem, a, b, bias)
     native = backend_named("native")
     plain = backend_named("dense") if native.rejects(problem) else native
-    error = relative_error(plain.run(problem, plain.space(problem).default, a, b, bias), exact)
+    error = error_of(plain.run(problem, plain.space(problem).default, a, b, bias), exact)
     return a, b, bias, exact, error
 
 
@@ -100,12 +147,12 @@ def outcomes(backend: Backend, case: Case, direction: Direction) -> Iterator[Out
                 fault = "" if (here._version, there._version) == versions else "changes an operand in place"
                 if result.dtype is not dtype:
                     fault = f"dtype {result.dtype}"
-                elif result.shape != exact.shape:
+                elif tuple(result.shape) != tuple(exact.shape):
                     fault = f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
                 elif direction is not Direction.GRAD_WEIGHT:
                     if not result.is_contiguous(memory_format=problem.memory_format):
                         fault = f"strides {result.stride()} are not {problem.memory_format}"
-                error = relative_error(result, exact) if not fault else float("inf")
+                error = error_of(result, exact) if not fault else float("inf")
                 yield Outcome(config, dtype, layout, error, native, fault)
 
 
@@ -120,6 +167,14 @@ def test_agrees_with_the_oracle(backend: Backend, case: Case, direction: Directi
         return
     wrong = [outcome.verdict for outcome in outcomes(backend, case, direction) if outcome.verdict]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("direction", Direction, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_oracle_agrees_with_extended_precision(case: Case, direction: Direction) -> None:
+    problem = case.problem(direction)
+    a, b, bias, exact, _ = operands(case, direction, torch.float64)
+    assert error_of(reference(problem, a, b, bias), exact) < 1e-15
 
 
 def test_every_backend_runs_much_and_every_case_runs_somewhere() -> None:

@@ -183,5 +183,5 @@ class Backend(ABC):
         """Compute the result. Pure: torch operations only, traceable, no in-place change of operands."""
 
     def default(self, problem: Problem) -> Choice:
-        """This backend with every knob at its default."""
+        """The choice of this backend with every knob at its default."""
         return Choice(self.name, self.version, self.space(problem).default)

@@ -53,7 +53,8 @@ class Dense(Backend):
     def cost(self, problem: Problem, config: Config) -> float:
         """The dense convolution's, plus writing the window."""
         filled = _filled(problem)
-        return costs.grid_us(filled, config) + costs.traffic_us(filled.device, 8 * filled.c_out * filled.taps.window_taps)
+        written = 8 * filled.c_out * filled.taps.window_taps
+        return costs.grid_us(filled, config) + costs.traffic_us(filled.device, written)
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Expand the weight, or pick the taps out of the dense weight's gradient."""

@@ -77,11 +77,11 @@ def grid_space(problem: Problem) -> Space:
     ]
     if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is not None:
         knobs.append(
-            Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward convolution with flipped taps")
+            Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward with flipped taps")
         )
     if problem.direction is Direction.GRAD_WEIGHT and problem.is_depthwise:
         knobs.append(
-            Knob("route", ("native", "grouped"), "native", "torch's backward, or one grouped forward convolution of x by dy")
+            Knob("route", ("native", "grouped"), "native", "torch's backward, or one grouped forward of x by dy")
         )
     return Space(tuple(knobs))
 
@@ -198,8 +198,11 @@ def _grad_weight(
 def _grad_weight_grouped(
     problem: Problem, grid: Geometry, memory_format: torch.memory_format, x: Tensor, dy: Tensor
 ) -> Tensor:
-    """dw[c, t] = sum over pixels of x[pixel * stride + t * dilation] dy[pixel]: a forward convolution
-    of x by dy in which stride and dilation change places, one group an image and channel."""
+    """dw[c, t] = sum over pixels of x[pixel * stride + t * dilation] dy[pixel].
+
+    That is a forward convolution of x by dy in which stride and dilation change places, one group an
+    image and channel.
+    """
     batch = problem.batch
     padded = F.pad(x, grid.pads)
     source = padded.reshape(1, batch * problem.c_in, *padded.shape[2:]).contiguous(memory_format=memory_format)
@@ -241,8 +244,10 @@ def picked(w: Tensor, indices: Sequence[int]) -> Tensor:
 
 
 def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """An int64 tensor of known values, kept between eager calls; made afresh under a tracing mode,
-    whose tensors must not outlive it."""
+    """An int64 tensor of known values, kept between eager calls.
+
+    Made afresh under a tracing mode, whose tensors must not outlive it.
+    """
     if _NO_DISPATCH_MODE() == 0 and not torch.compiler.is_compiling():
         return _constant(values, device)
     return torch.tensor(values, dtype=torch.long, device=device)

@@ -1,5 +1,5 @@
 """torch.compile: graph -> sites -> rewritten graph, and the registered backend."""
 
-from adaptconv.compile.backend import backend
+from adaptconv.compile.inductor import backend
 
 __all__ = ["backend"]

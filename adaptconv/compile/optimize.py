@@ -1,5 +1,7 @@
-"""``optimize``: a model, a class or a function compiled through the adaptconv backend; and the dry run
-that finds a model's sites without compiling anything."""
+"""``optimize``: a model, a class or a function compiled through the adaptconv backend.
+
+And the dry run that finds a model's sites without compiling anything.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, fx, nn
 
-from adaptconv.compile.backend import LOG_OPTION, SiteLog, backend, new_log
+from adaptconv.compile.inductor import LOG_OPTION, SiteLog, backend, new_log
 from adaptconv.compile.sites import Site, find_sites, find_sums
-from adaptconv.errors import AdaptConvError
+from adaptconv.errors import AdaptConvError, ExampleInputsError
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 _OPTIMIZED: weakref.WeakKeyDictionary[Any, SiteLog] = weakref.WeakKeyDictionary()
@@ -108,7 +110,8 @@ def collect_sites(
 
     Args:
         model: a module or function, optimized or not.
-        args, kwargs: example inputs.
+        args: example inputs by position.
+        kwargs: example inputs by name.
         train: trace with gradients on, so that sites know which gradients training asks for.
     """
     sites: list[Site] = []
@@ -130,13 +133,22 @@ def collect_sites(
     return sites
 
 
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs in any of their forms (one value, a tuple or list, a dict) as args and kwargs."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments.
+
+    Raises:
+        ExampleInputsError: neither a tensor nor a tuple, list or dict with names for keys.
+    """
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
+        return (), dict(inputs)
+    raise ExampleInputsError(
+        "example inputs must be a tensor, a tuple or list of arguments, or a dict of keyword arguments; "
+        f"got {type(inputs).__name__}"
+    )
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from adaptconv import ops
+from adaptconv.backends import Config
 from adaptconv.backends.grid import constant
 from adaptconv.compile.sites import Conv, Site, common_window, find_sites, find_sums, value
 from adaptconv.dispatch import Plan, Source
@@ -71,7 +72,6 @@ def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
         if site.result not in taken and not any(m.node in taken for m in site.members):
             reports.append(_guarded(gm, site))
     if any(report.rewritten for report in reports):
-        gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return reports
@@ -100,7 +100,48 @@ def judge(site: Site) -> SiteReport:
         return _report(site, False, "the sum as written is as fast as any single call known", plans)
     if plans.plain:
         return _report(site, False, "native is the plan", plans)
+    if is_opaque(site, plans) and not _pays_for_op(plans):
+        return _report(site, False, f"gains less than the {_OPAQUE_US:.0f} us an op of its own costs", plans)
     return _report(site, True, "", plans)
+
+
+_OPAQUE_US = 50.0  # what calling out of a compiled graph costs, rounded up
+
+
+def _pays_for_op(plans: Plans) -> bool:
+    """Whether the measured gains outweigh leaving the graph; without measurements, assume so."""
+    needed = [p for p in (plans.forward, plans.grad_input, plans.grad_weight) if p is not None]
+    if any(p.record is None for p in needed):
+        return True
+    return sum(p.record.native_us - p.record.p20_us for p in needed if p.record) > _OPAQUE_US * len(needed)
+
+
+def is_opaque(site: Site, plans: Plans) -> bool:
+    """Whether Inductor would undo these plans: they convolve in another layout than its own.
+
+    Inductor turns the operands of every convolution it sees to the layout it prefers, so a plan that gains
+    by not doing that must stay out of its sight.
+    """
+    if site.problem is None or site.problem.layout == site.layout:
+        return False
+    needed = [p for p in (plans.forward, plans.grad_input, plans.grad_weight) if p is not None]
+    return any(p.choice.config.get("layout") == site.layout for p in needed)
+
+
+def graph_text(site: Site, plans: Plans) -> str:
+    """The plans' text for the layout the site was traced in, which is what its op will see."""
+    texts = []
+    for plan in (plans.forward, plans.grad_input, plans.grad_weight):
+        if plan is None:
+            texts.append("-")
+            continue
+        choice, layout = plan.choice, plan.choice.config.get("layout")
+        if layout is not None and site.layout != plan.problem.layout:
+            runs_in = plan.problem.layout if layout == "asis" else layout
+            named = "asis" if runs_in == site.layout else runs_in
+            choice = replace(choice, config=Config({**choice.config, "layout": named}))
+        texts.append(str(choice))
+    return (ops.OPAQUE if is_opaque(site, plans) else "") + "|".join(texts)
 
 
 def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
@@ -108,7 +149,7 @@ def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
     if verdict.plans is None:
         return verdict
     if verdict.rewritten:
-        _replace(gm, site, ops.auto_plan() if site.dynamic else verdict.plans.text)
+        _replace(gm, site, ops.auto_plan() if site.dynamic else graph_text(site, verdict.plans))
     elif len(site.members) == 1:
         _settle_op(site, verdict.plans)
     return verdict
@@ -118,7 +159,7 @@ def _settle_op(site: Site, plans: Plans) -> None:
     """Write the resolved plan into an op that is already in the graph."""
     conv = site.members[0]
     if conv.compact and not site.dynamic:
-        conv.node.args = (*conv.node.args[:7], plans.text)
+        conv.node.args = (*conv.node.args[:7], graph_text(site, plans))
 
 
 def _sum_pays(plans: Plans) -> bool:
@@ -151,7 +192,22 @@ def _replace(gm: fx.GraphModule, site: Site, plan: str) -> None:
         )
     node.meta = dict(site.result.meta)
     site.result.replace_all_uses_with(node)
-    graph.erase_node(site.result)
+    _erase(graph, site)
+
+
+def _erase(graph: fx.Graph, site: Site) -> None:
+    """Take out the site's own nodes and no other.
+
+    Not by eliminate_dead_code: to it a method that changes its tensor in place and whose result nobody
+    uses is dead, and dynamo's graphs are full of those.
+    """
+    members = {member.node for member in site.members}
+    doomed = [site.result]
+    while doomed:
+        node = doomed.pop()
+        inner = [] if node in members else node.all_input_nodes  # an addition of the sum
+        graph.erase_node(node)
+        doomed += inner
 
 
 def _derived(graph: fx.Graph, target: object, args: tuple[object, ...], like: fx.Node, example: Tensor) -> fx.Node:
@@ -181,10 +237,7 @@ def _merged_weight(graph: fx.Graph, site: Site) -> fx.Node:
             graph, torch.ops.adaptconv.place.default, (compact, columns), member.weight,
             value(compact).new_empty((*value(compact).shape[:2], len(columns))),
         )  # fmt: skip
-        if total is None:
-            total = placed
-        else:
-            total = _derived(graph, torch.add, (total, placed), member.weight, value(placed))
+        total = placed if total is None else _derived(graph, torch.add, (total, placed), member.weight, value(placed))
     assert total is not None
     return total
 

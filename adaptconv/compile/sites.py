@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from adaptconv import functional, ops
 from adaptconv.errors import AdaptConvError
-from adaptconv.problem import Padding, Problem
+from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
 _CONV_AXES: dict[object, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -76,8 +76,9 @@ class Site:
         members: one convolution, or the several whose sum this is.
         result: the node whose value the site computes.
         taps, padding: of the whole site, all members in one window.
-        problem: the FORWARD problem, at the sizes seen (hints where they are symbolic); None where the
-            site cannot be a problem.
+        problem: the FORWARD problem, at the sizes seen (hints where they are symbolic) and in the layout
+            Inductor will run it in; None where the site cannot be a problem.
+        layout: the layout it was traced in, which is what an eager call would see.
         grad_input, grad_weight: which gradients training will ask for.
         dynamic: whether an extent is symbolic.
         where: module path in the model, "" at the top.
@@ -90,6 +91,7 @@ class Site:
     taps: TapPattern | None
     padding: Padding
     problem: Problem | None
+    layout: str = "contiguous"
     grad_input: bool = False
     grad_weight: bool = False
     dynamic: bool = False
@@ -101,6 +103,22 @@ class Site:
     def kind(self) -> str:
         """What was recognised."""
         return "conv" if len(self.members) == 1 else f"sum of {len(self.members)} convs"
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What is worth tuning for this site, in every direction it needs.
+
+        In the layout of a compiled graph; and, where the model calls adaptconv itself, also in the layout
+        of an eager call.
+        """
+        if self.problem is None:
+            return ()
+        forwards = [self.problem]
+        if len(self.members) == 1 and self.members[0].compact and self.layout != self.problem.layout:
+            forwards.append(replace(self.problem, layout=self.layout))
+        wanted = [Direction.FORWARD]
+        wanted += [Direction.GRAD_INPUT] if self.grad_input else []
+        wanted += [Direction.GRAD_WEIGHT] if self.grad_weight else []
+        return tuple(forward.facing(direction) for forward in forwards for direction in wanted)
 
 
 @dataclass(slots=True)
@@ -245,8 +263,10 @@ def common_window(members: Sequence[Conv]) -> tuple[TapPattern, Padding, list[li
 
 
 def _mutates_between(gm: fx.GraphModule, order: dict[fx.Node, int], members: Iterable[Conv], last: fx.Node) -> bool:
-    """Whether anything is changed in place between the first convolution and the sum: the merged call
-    reads its operands at the sum, so they must still hold what each member read."""
+    """Whether anything is changed in place between the first convolution and the sum.
+
+    The merged call reads its operands at the sum, so they must still hold what each member read.
+    """
     start = min(order[m.node] for m in members)
     between = [node for node in gm.graph.nodes if start < order[node] < order[last]]
     return any(_mutates(node) and not _is_add(node) for node in between)
@@ -265,7 +285,8 @@ def _mutates(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
     in_place = getattr(operator, name, None) is node.target and name.startswith("i") and name[1:] in dir(operator)
     called_in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or called_in_place or node.target in (operator.setitem, setattr) or node.kwargs.get("inplace") is True
+    assigns = node.target in (operator.setitem, setattr) or node.kwargs.get("inplace") is True
+    return in_place or called_in_place or assigns
 
 
 # ---- sites ------------------------------------------------------------------------------------------
@@ -302,8 +323,17 @@ def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
     grad = torch.is_grad_enabled()  # a parameter requires gradients even where none will be asked for
     grad_weight = grad and any(w.requires_grad for w in weights)
     return replace(
-        bare, problem=problem, grad_input=grad and x.requires_grad, grad_weight=grad_weight, dynamic=dynamic
+        bare, problem=replace(problem, layout=compiled_layout(problem)), layout=layout,
+        grad_input=grad and x.requires_grad, grad_weight=grad_weight, dynamic=dynamic,
     )  # fmt: skip
+
+
+def compiled_layout(problem: Problem) -> str:
+    """The layout Inductor runs a convolution in: on a CPU it turns every 2-D one to channels_last."""
+    from torch._inductor import config
+
+    turned = problem.axes == 2 and problem.device.kind == "cpu" and torch.backends.mkldnn.is_available()
+    return "channels_last" if turned and config.layout_optimization else problem.layout
 
 
 def _hint(extent: int | torch.SymInt) -> int:
@@ -332,6 +362,3 @@ def _provenance(node: fx.Node) -> tuple[str, str]:
     lines: list[tuple[str, str]] = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
     own = [pair for pair in lines if "/torch/" not in pair[0] and "/adaptconv/" not in pair[0]] or lines
     return where, f"{own[-1][0]}:{own[-1][1]}" if own else ""
-
-
-Finder = Callable[[fx.GraphModule], list[Site]]

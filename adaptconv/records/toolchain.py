@@ -64,7 +64,7 @@ def _minor(version: str) -> str:
 def _cudnn() -> str | None:
     number: int | None = None
     if torch.version.cuda is not None:
-        number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        number = torch.backends.cudnn.version()
     if not number:
         return None
     # cuDNN 9 packs its version as 10000 * major + 100 * minor, cuDNN 8 as 1000 * major + 100 * minor.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaptconv import measure, records
-from adaptconv.backends import BACKENDS, Choice, Config, backend_named
+from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named
 from adaptconv.backends.costs import is_modelled
 from adaptconv.dispatch import decisions
 from adaptconv.measure import Timing
@@ -40,10 +40,13 @@ _LOG = logging.getLogger("adaptconv.tuner")
 TIE = 0.97  # a winner takes at most this share of the baseline's time, or the baseline stays
 NEAR = 1.05  # within this of the fastest, the order is not yet known
 _SAME = 1.02  # still within this after the photo finish, the plainer choice is taken
+_UNSTEADY = 1.25  # times its fastest sample: a 20th percentile above that says the machine is disturbed
 _IN_REACH = 1.3  # of the screening's best: goes to the final
 _RIVAL_REACH = 3.0  # likewise for the best of each other backend
 _FINALISTS = 6
 _BATCH = 4  # configurations a backend a screening run
+_AT_LEAST = 4  # of them are timed however late it is
+_ROUNDS = 4  # of a short screening, that which settles the number of repeats included
 _FAR = 15.0  # times the best predicted, or the baseline
 _LONG = 0.05  # of the time for a problem: what a single call may take without being looked at twice
 _HOPELESS = 6.0  # times the baseline: told as timed by a single call
@@ -152,6 +155,7 @@ class _Contest:
     def _screen_batch(self, proposals: Mapping[Search, list[Choice]], deadline: float) -> None:
         """Check and time one batch. Out of time, the first of each backend is still tried."""
         errors: dict[Choice, float] = {}
+        first_us: dict[Choice, float] = {}
         told: dict[Choice, float | None] = {}
         for choices in proposals.values():
             if self.baseline in choices:
@@ -169,14 +173,18 @@ class _Contest:
                     continue
                 ratio = self._hopeless(choice, taken)
                 if ratio is None:
-                    errors[choice] = error
+                    errors[choice], first_us[choice] = error, taken
                 else:
                     told[choice] = ratio
                     self.sound[choice] = Candidate(choice, error, ratio)
         left = deadline - monotonic()
+        for choice in self._unaffordable(first_us, left):
+            told[choice] = ratio = first_us[choice] / self.baseline_us
+            self.sound[choice] = Candidate(choice, errors.pop(choice), ratio)
         timings = self._timed([self.baseline, *errors], left, 3 if left > 0 else 2, 8) if errors else {}
         for choice, error in errors.items():
-            told[choice] = ratio = timings[choice].p20_us / timings[self.baseline].p20_us
+            # Of so few samples the fastest says most: a neighbour on the machine can only add time.
+            told[choice] = ratio = timings[choice].min_us / timings[self.baseline].min_us
             self.sound[choice] = Candidate(choice, error, ratio)
         for search, choices in proposals.items():
             for choice in choices:
@@ -198,6 +206,16 @@ class _Contest:
             raise Discarded(f"not run: {predicted:,.0f} us predicted, {least:,.0f} us of another candidate")
         if predicted > self.hopeless.get(choice.backend, math.inf) / 2:
             raise Discarded("not run: another configuration of this backend was hopeless, and this is predicted alike")
+
+    def _unaffordable(self, first_us: Mapping[Choice, float], left: float) -> list[Choice]:
+        """Whom there is no time to time: those whose first call was slowest. Their first call must do."""
+        ranked = sorted(first_us, key=lambda choice: first_us[choice])
+        spent = _ROUNDS * self.baseline_us
+        for place, choice in enumerate(ranked):
+            spent += _ROUNDS * first_us[choice]
+            if spent > left * 1e6 and place >= _AT_LEAST:
+                return ranked[place:]
+        return []
 
     def _predicted_us(self, choice: Choice) -> float | None:
         if not is_modelled(self.problem.device):
@@ -231,7 +249,10 @@ class _Contest:
     def decide(self, deadline: float) -> Record:
         """Run the final, and the photo finish if it takes one; the winner as a record."""
         left = deadline - monotonic()
-        final = self._timed(self._finalists(_FINALISTS if left > 0 else 2), min(1.0, 0.6 * left), 5, 40)
+        finalists = self._finalists(_FINALISTS)
+        if sum(self.sound[choice].ratio for choice in finalists) * self.baseline_us * 6 > left * 1e6:
+            finalists = self._finalists(2)
+        final = self._timed(finalists, min(1.0, 0.6 * left), 5, 40)
         near = self._too_close(final)
         last = final
         if near:
@@ -248,10 +269,12 @@ class _Contest:
         return [self.baseline, *(choice for choice in finalists if choice != self.baseline)]
 
     def _too_close(self, final: Mapping[Choice, Timing]) -> list[Choice]:
-        """Who must run again beside the baseline; nobody where the order is clear."""
+        """Who must run again beside the baseline; nobody where the order is clear and the machine steady."""
         best = min(timing.p20_us for timing in final.values())
         near = sorted((c for c in final if final[c].p20_us <= NEAR * best), key=lambda c: final[c].p20_us)
         others = [c for c in near if c != self.baseline]
+        if any(final[c].p20_us > _UNSTEADY * final[c].min_us for c in (self.baseline, near[0])):
+            return sorted((c for c in final if c != self.baseline), key=lambda c: final[c].min_us)[:3]
         close_to_baseline = final[self.baseline].p20_us <= NEAR / TIE * best
         return others[:3] if others and (len(others) > 1 or close_to_baseline) else []
 
@@ -323,7 +346,15 @@ def _searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> 
     scope = " ".join(f"{name} {version}" for name, version in versions.items())
     seeds = seeds_for(problem)
     make = partial(Search, problem, storage=storage, scope=scope, trials=trials, seed=seed)
-    return [make(b, seeds=seeds.get(b.name, ())) for b in BACKENDS if not b.rejects(problem)]
+    return [make(backend, seeds=seeds.get(backend.name, ())) for backend in contenders(problem)]
+
+
+def contenders(problem: Problem) -> list[Backend]:
+    """The backends that accept a problem, less dense where every tap is there: it would be native again."""
+    accepted = [backend for backend in BACKENDS if not backend.rejects(problem)]
+    if problem.taps.is_dense():
+        accepted = [backend for backend in accepted if backend.name != "dense"]
+    return accepted
 
 
 def _best_of_backends(ranked: Iterable[Candidate]) -> dict[str, Candidate]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
+from adaptconv.compile.optimize import as_arguments
 from adaptconv.tuner.result import TuneError
 
 _FORM = "expected 'package.module:factory', where factory() returns (model, inputs)"
@@ -50,26 +49,8 @@ def load_factory(text: str) -> tuple[Callable[..., Any], Any]:
     model, inputs = made
     if not callable(model):
         raise TuneError(f"the factory '{text}' returned a {type(model).__name__} for a model, not callable: {_SHAPE}")
-    as_arguments(inputs)
+    as_arguments(inputs)  # raises where they cannot be arguments
     return model, inputs
-
-
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments.
-
-    Raises:
-        TuneError: neither a tensor nor a tuple, list or dict with names for keys.
-    """
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
-        return (), dict(inputs)
-    raise TuneError(
-        "example inputs must be a tensor, a tuple or list of arguments, or a dict of keyword arguments; "
-        f"got {type(inputs).__name__}"
-    )
 
 
 def _imported(name: str) -> ModuleType:

@@ -18,10 +18,9 @@ from adaptconv import records
 from adaptconv.backends import Choice, Config, backend_named, backend_names
 from adaptconv.dispatch import Source, plan_from_choice
 from adaptconv.errors import AdaptConvError
-from adaptconv.problem import Device, Direction, Problem, fp32_precision
+from adaptconv.problem import Device, Problem, fp32_precision
 from adaptconv.records import DatabaseError, DatabaseWarning, Record
 from adaptconv.tuner import contest
-from adaptconv.tuner.factory import as_arguments
 from adaptconv.tuner.result import KNOWN, NOT_TUNED, TUNED, TuneError, TuneResult, TuneRow, gain
 
 _LOG = logging.getLogger("adaptconv.tuner")
@@ -75,6 +74,8 @@ def tune(
             f"{getattr(model, '__name__', type(model).__name__)}; give an instance, or problems="
         )
     start = monotonic()
+    from adaptconv.compile.optimize import as_arguments
+
     args, kwargs = as_arguments(example_inputs)
     try:
         found, left = model_problems(model, args, kwargs, train=train)
@@ -233,14 +234,7 @@ def model_problems(
         ) from error
     found: dict[str, Problem] = {}
     for site in sites:
-        if site.problem is None:
-            continue
-        wanted = [site.problem]
-        if train and site.grad_input:
-            wanted.append(site.problem.facing(Direction.GRAD_INPUT))
-        if train and site.grad_weight:
-            wanted.append(site.problem.facing(Direction.GRAD_WEIGHT))
-        found |= {problem.key(): problem for problem in wanted if problem.key() not in found}
+        found |= {problem.key(): problem for problem in site.problems() if problem.key() not in found}
     return list(found.values()), [site.reason for site in sites if site.problem is None]
 
 
