@@ -165,7 +165,7 @@ def _explain(a: argparse.Namespace) -> int:
 
 
 def _layer_of(a: argparse.Namespace) -> tuple[Any, Any]:
-    """The AdaptiveConv and input that the options describe, on the meta of real zeros."""
+    """The AdaptiveConv that the options describe, and zeros to call it on."""
     import torch
 
     from adaptconv import modules
@@ -179,11 +179,12 @@ def _layer_of(a: argparse.Namespace) -> tuple[Any, Any]:
         "stride": a.stride * axes if len(a.stride) == 1 else a.stride, "padding": padding, "groups": a.groups,
         "bias": False, "dtype": getattr(torch, a.dtype),
     }  # fmt: skip
-    if a.taps is None:
-        dilation = a.dilation * axes if len(a.dilation) == 1 else a.dilation
-        layer = cls(a.input[1], a.weight[0], tuple(a.weight[2:]), dilation=dilation, **common)
-    else:
-        layer = cls(a.input[1], a.weight[0], taps=a.taps, **common)
+    dilation = a.dilation * axes if len(a.dilation) == 1 else a.dilation
+    where = {"taps": a.taps} if a.taps else {"kernel_size": tuple(a.weight[2:]), "dilation": dilation}
+    try:
+        layer = cls(a.input[1], a.weight[0], **where, **common)
+    except (RuntimeError, TypeError, ValueError) as error:  # torch's own words for a layer that cannot be
+        raise AdaptConvError(f"no such layer: {error}") from error
     x = torch.zeros(a.input, dtype=common["dtype"], requires_grad=a.train)
     if a.channels_last:
         x = x.contiguous(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)

@@ -228,12 +228,31 @@ def forward_problem(
     x: Tensor, w: Tensor, taps: TapPattern, stride: Sequence[int], padding: Padding, groups: int,
     bias: bool, layout: str,
 ) -> Problem:  # fmt: skip
-    """The FORWARD problem of batched operands."""
+    """The FORWARD problem of batched operands, in the layout in which torch would answer them."""
+    known = all(isinstance(extent, int) for extent in x.shape)
+    if x.dim() == 5 and layout != "contiguous" and known and _answers_contiguous(x, w, taps, stride, padding, groups):
+        layout = "contiguous"
     return Problem(
         Direction.FORWARD, x.shape[0], x.shape[1], w.shape[0], groups, tuple(x.shape[2:]), taps, tuple(stride), padding,
         str(x.dtype).removeprefix("torch."), layout, Device.of(x.device), bias,
         fp32_precision(x.dtype, x.device), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
+
+
+_SLOW_3D = (torch._C._ConvBackend.Slow3d, torch._C._ConvBackend.SlowDilated3d)
+
+
+def _answers_contiguous(
+    x: Tensor, w: Tensor, taps: TapPattern, stride: Sequence[int], padding: Padding, groups: int
+) -> bool:
+    """Whether torch would run this 3-D convolution by its own loops, which know no channels_last."""
+    grid = taps.single_grid()
+    size, dilation = taps.window, (1, 1, 1)
+    if grid is not None and grid.extent == taps.window:
+        size, dilation = grid.size, grid.dilation
+    weight = w.new_empty(1).expand(*w.shape[:2], *size)  # only its shape is read
+    geometry = (list(stride), [max(pair) for pair in padding], list(dilation), False, [0] * 3, groups)
+    return torch._C._select_conv_backend(x, weight, None, *geometry, None) in _SLOW_3D
 
 
 # ---- the ops that travel in graphs -----------------------------------------------------------------
@@ -309,7 +328,9 @@ def _direction(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, *rest:
     *geometry, text = rest
     problem = _problem_of(Direction(direction), a, b, bias, *geometry)
     plan = dispatch.plan(problem) if text.startswith(AUTO) else _carried_plan(problem, text)
-    return execute(plan, a, b, bias)
+    result = execute(plan, a, b, bias)
+    # Torch's weight gradient has the strides it was convolved in; the op promises contiguous ones.
+    return result.contiguous() if problem.direction is Direction.GRAD_WEIGHT else result
 
 
 @lru_cache(maxsize=4096)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ class Row:
 class Report:
     """A table of rows with the machine they are about.
 
-    ``str(report)`` is the table; ``to_markdown()`` and ``to_json()`` are for files.
+    ``str(report)`` is the table, in which sites that are the same problem with the same plan share a line;
+    ``to_markdown()`` and ``to_json()`` are for files, ``rows`` has every site and direction.
     """
 
     title: str
@@ -93,11 +94,15 @@ class Report:
         return "; ".join(parts)
 
     def table(self, style: str = "simple") -> str:
-        """The rows as text in one of tabulate's styles."""
+        """The rows as text in one of tabulate's styles, what is the same told once."""
         from tabulate import tabulate
 
+        alike: dict[Row, list[str]] = {}
+        for row in self.rows:
+            alike.setdefault(replace(row, where="", source=""), []).append(_place(row))
         header = ("where", "problem", "plan", "from", "ms", "native ms", "gain", "note")
-        return tabulate([_cells(row) for row in self.rows], headers=header, tablefmt=style, disable_numparse=True)
+        cells = [_cells(row, places) for row, places in alike.items()]
+        return tabulate(cells, headers=header, tablefmt=style, disable_numparse=True)
 
     def __str__(self) -> str:
         lines = [self.title]
@@ -132,13 +137,17 @@ def _ms(microseconds: float) -> str:
     return f"{microseconds / 1e3:.3g}" if microseconds < 1e5 else f"{microseconds / 1e3:,.0f}"
 
 
-def _cells(row: Row) -> list[str]:
+def _place(row: Row) -> str:
+    return row.where or row.source.rpartition("/")[2]
+
+
+def _cells(row: Row, places: Sequence[str]) -> list[str]:
     short = {"grad_input": "dx", "grad_weight": "dw", "forward": "y"}.get(row.direction, "")
     plan = row.backend + (f" {row.config}" if row.config else "")
-    where = row.where or row.source.rpartition("/")[2]
     kind = "" if row.kind in ("conv", "layer") else f" ({row.kind})"
+    more = f" (+{len(places) - 1})" if len(places) > 1 else ""
     return [
-        f"{where}{kind}", f"{short}: {row.problem}" if short else row.problem, plan, row.decided_by,
+        f"{places[0]}{kind}{more}", f"{short}: {row.problem}" if short else row.problem, plan, row.decided_by,
         "" if row.time_us is None else _ms(row.time_us), "" if row.native_us is None else _ms(row.native_us),
         "" if row.gain is None else f"{row.gain:.2f}x", "" if row.direction else row.why,
     ]  # fmt: skip

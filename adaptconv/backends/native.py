@@ -47,4 +47,5 @@ def is_plain(problem: Problem, choice: Choice) -> bool:
     if problem.layout != "contiguous" and never_returns(problem):
         return False
     grid = geometry(problem)
-    return grid is not None and grid.padding == problem.padding
+    # Uneven padding has no such call: torch itself pads first, as native does.
+    return grid is not None and grid.symmetric is not None and grid.padding == problem.padding

@@ -21,6 +21,7 @@ _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 _OP_ARGS = ("input", "weight", "bias", "taps", "stride", "padding", "groups", "plan")  # first three as torch's
 _ADDS = (operator.add, operator.iadd, torch.add)
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+_MODULE_ROOT = re.compile(r"^L\[['\"](self|fn)['\"]\](\.__self__)?(\._orig_mod)?")  # the model itself
 _MODULE_STEP = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]|\.(\w+)")
 
 
@@ -356,9 +357,9 @@ def _provenance(node: fx.Node) -> tuple[str, str]:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     where = ""
     if stack:
-        path = str(stack[-1][0])
-        steps = [a or b for a, b in _MODULE_STEP.findall(path.removeprefix("L['self']").removeprefix("L"))]
-        where = ".".join(step for step in steps if step not in ("_modules", "self", "_orig_mod"))
+        path = _MODULE_ROOT.sub("", str(stack[-1][0]))
+        steps = [a or b for a, b in _MODULE_STEP.findall(path)]
+        where = ".".join(step for step in steps if step != "_modules")
     lines: list[tuple[str, str]] = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
     own = [pair for pair in lines if "/torch/" not in pair[0] and "/adaptconv/" not in pair[0]] or lines
     return where, f"{own[-1][0]}:{own[-1][1]}" if own else ""
