@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from adaptconv.tuner import tune
 
 
-
 __all__ = [
     "AdaptiveConv1d", "AdaptiveConv2d", "AdaptiveConv3d", "BackendRejected", "Kernel", "TapPattern", "backends",
     "conv1d", "conv2d", "conv3d", "explain", "optimize", "pinned", "report", "tune",

@@ -42,7 +42,9 @@ def _list(paths: Sequence[Path]) -> int:
         config = ",".join(f"{name}={value}" for name, value in record.config.items())
         gain = record.native_us / record.p20_us if record.p20_us else 1.0
         stale = "" if hit.current else "  (another toolchain)"
-        print(f"{hit.layer:9} {record.backend} {config}  {record.p20_us:,.0f} us, {gain:.2f}x native  {record.key}{stale}")
+        print(
+            f"{hit.layer:9} {record.backend} {config}  {record.p20_us:,.0f} us, {gain:.2f}x native  {record.key}{stale}"
+        )
         count += 1
     print(f"{count} records")
     return 0

@@ -55,7 +55,9 @@ def _versions() -> Iterator[Finding]:
     try:
         yield Finding("good", "triton", metadata.version("triton"))
     except metadata.PackageNotFoundError:
-        yield Finding("note", "triton", "not installed", "on a GPU, torch.compile and sparse kernels need it; a CPU does not")
+        yield Finding(
+            "note", "triton", "not installed", "a GPU needs it, for torch.compile and kernels; a CPU does not"
+        )
 
 
 def _compilers() -> Iterator[Finding]:
@@ -94,11 +96,15 @@ def _database(store: Store) -> Iterator[Finding]:
         yield Finding("note", "database", "empty", "dispatch predicts instead of remembering: run adaptconv tune once")
     target = store.target
     if target is None:
-        yield Finding("bad", "tuning writes to", "nowhere: HOME and XDG_CACHE_HOME are not set", "set one, or ADAPTCONV_DB")
+        yield Finding(
+            "bad", "tuning writes to", "nowhere: HOME and XDG_CACHE_HOME are not set", "set one, or ADAPTCONV_DB"
+        )
         return
     nearest = target
     while not nearest.exists():
         nearest = nearest.parent
     writable = os.access(nearest, os.W_OK | os.X_OK) and nearest.is_dir()
     meaning = "" if writable else "tuning results will not be kept: set ADAPTCONV_DB to a folder of yours"
-    yield Finding("good" if writable else "bad", "tuning writes to", f"{target}{'' if writable else ' (not writable)'}", meaning)
+    yield Finding(
+        "good" if writable else "bad", "tuning writes to", f"{target}{'' if writable else ' (not writable)'}", meaning
+    )

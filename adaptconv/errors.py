@@ -16,7 +16,7 @@ class ConvArgumentError(AdaptConvError, RuntimeError, ValueError):
 
 
 class ConvTypeError(AdaptConvError, TypeError):
-    """An operand that is not a tensor."""
+    """An operand that is not a tensor, or a geometry that is not made of ints: what torch calls a TypeError."""
 
 
 class ExampleInputsError(AdaptConvError, ValueError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptconv.errors import ConvArgumentError
+from adaptconv.errors import ConvArgumentError, ConvTypeError
 from adaptconv.taps import TapPattern
 
 Footprint = tuple[tuple[float, ...], ...]
@@ -28,6 +28,7 @@ class Kernel:
     Raises:
         ConvArgumentError: the weight's last axis does not match the taps, or the footprint's rank
             does not match the window.
+        ConvTypeError: the weight is no tensor, or the taps are no pattern.
     """
 
     weight: Tensor
@@ -35,6 +36,12 @@ class Kernel:
     footprint: Footprint | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight, Tensor):
+            raise ConvTypeError(f"a Kernel's weight must be a tensor, got {type(self.weight).__name__}")
+        if not isinstance(self.taps, TapPattern):
+            raise ConvTypeError(
+                f"a Kernel's taps must be a TapPattern, got {type(self.taps).__name__}; TapPattern.parse reads text"
+            )
         if self.weight.dim() != 3 or self.weight.shape[2] != len(self.taps):
             raise ConvArgumentError(
                 f"a Kernel's weight is [C_out, C_in/groups, T] with T = {len(self.taps)} taps, "
@@ -44,6 +51,8 @@ class Kernel:
             raise ConvArgumentError(
                 f"a footprint has one filter an axis: expected {self.taps.axes}, got {len(self.footprint)}"
             )
+        if self.footprint is not None and not all(self.footprint):
+            raise ConvArgumentError(f"a footprint's filters have at least one value each, got {self.footprint!r}")
 
     @staticmethod
     def from_dense(weight: Tensor, taps: TapPattern) -> Kernel:

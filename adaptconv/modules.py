@@ -13,8 +13,8 @@ from adaptconv import ops
 from adaptconv.errors import ConvArgumentError
 from adaptconv.functional import Call, prepared, traced
 from adaptconv.kernel import Kernel
-from adaptconv.ops import Plans
 from adaptconv.taps import TapPattern
+from adaptconv.trilinear import Plans
 
 Taps = TapPattern | str | Sequence[Any] | Tensor
 
@@ -53,7 +53,9 @@ class _Adaptive(nn.modules.conv._ConvNd):
         pattern = None if taps is None else as_taps(taps, self._axes)
         if pattern is not None:
             if dilation not in (1, (1,) * self._axes):
-                raise ConvArgumentError(f"{name}: taps already say where they sit; leave dilation at 1, got {dilation!r}")
+                raise ConvArgumentError(
+                    f"{name}: taps already say where they sit; leave dilation at 1, got {dilation!r}"
+                )
             kernel_size = pattern.window
         # The next class in line is torch's Conv1d, Conv2d or Conv3d.
         super().__init__(

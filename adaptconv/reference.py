@@ -39,7 +39,9 @@ def _window(problem: Problem, padded: Tensor, offset: tuple[int, ...]) -> Tensor
     """The strided view of a padded input that one tap reads: ``[N, C_in, *out_spatial]``."""
     view = padded
     for axis, (start, step, count) in enumerate(zip(offset, problem.stride, problem.out_spatial, strict=True)):
-        view = view.narrow(2 + axis, start, (count - 1) * step + 1)[(slice(None),) * (2 + axis) + (slice(None, None, step),)]
+        view = view.narrow(2 + axis, start, (count - 1) * step + 1)[
+            (slice(None),) * (2 + axis) + (slice(None, None, step),)
+        ]
     return view
 
 

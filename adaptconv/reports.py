@@ -15,9 +15,9 @@ from adaptconv._version import __version__
 from adaptconv.dispatch import Plan
 from adaptconv.errors import AdaptConvError
 from adaptconv.modules import AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d
-from adaptconv.ops import Plans
 from adaptconv.problem import Device, Direction, Problem
 from adaptconv.records import toolchain
+from adaptconv.trilinear import Plans
 
 _ADAPTIVE = (AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d)
 
@@ -273,5 +273,3 @@ def _row(where: str, source: str, kind: str, plan: Plan, rewritten: bool) -> Row
         "" if plan.plain else str(plan.choice.config), str(plan.source), plan.why, time_us, native_us,
         native_us / time_us if time_us and native_us else None, rewritten,
     )  # fmt: skip
-
-

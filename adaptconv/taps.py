@@ -1,7 +1,7 @@
 """TapPattern: where the taps of a convolution kernel sit inside its window, and the algebra on it.
 
 A pattern is a set of integer offsets in a dense window of 1 to 3 axes. It knows nothing of weights,
-tensors or devices, and imports nothing but the standard library.
+tensors or devices.
 """
 
 from __future__ import annotations
@@ -14,35 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 from adaptconv.errors import ConvArgumentError
+from adaptconv.grids import Grid, Offset, cover, single_grid
 
-Offset = tuple[int, ...]
 MAX_AXES = 3
-_STEPS_TRIED = {1: 12, 2: 6, 3: 4}  # dilations tried an axis when covering a pattern with grids
-_STARTS_TRIED = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A regular lattice of taps inside a window.
-
-    Attributes:
-        origin: offset of the first tap, one integer an axis.
-        size: taps along each axis.
-        dilation: step between neighbouring taps along each axis (1 where ``size`` is 1).
-        taps: for each lattice point in row-major order, the index of the tap of the pattern that
-            it carries, or -1 where an earlier grid of the same cover already carries it (its
-            weight in this grid is then zero).
-    """
-
-    origin: Offset
-    size: Offset
-    dilation: Offset
-    taps: tuple[int, ...]
-
-    @property
-    def extent(self) -> Offset:
-        """Dense extent of the lattice along each axis: ``(size - 1) * dilation + 1``."""
-        return tuple((s - 1) * d + 1 for s, d in zip(self.size, self.dilation, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +116,9 @@ class TapPattern:
         wings = _per_axis(wing, rank, "wing", least=0)
         dilations = _per_axis(dilation, rank, "dilation")
         if any(width % 2 == 0 for width in islands):
-            raise ConvArgumentError(f"the island of a partially dilated kernel must be odd on every axis, got {islands}")
+            raise ConvArgumentError(
+                f"the island of a partially dilated kernel must be odd on every axis, got {islands}"
+            )
         halves = [width // 2 for width in islands]
         reach = [half // d + w for half, d, w in zip(halves, dilations, wings, strict=True)]
         radius = [max(half, r * d) for half, r, d in zip(halves, reach, dilations, strict=True)]
@@ -249,9 +225,7 @@ class TapPattern:
                 first = max(0, -((i - before) // step))  # first output at or right of the input's edge
                 row.append(first < outputs and first * step + i - before < extent)
             alive.append(row)
-        return tuple(
-            t for t, offset in enumerate(self.offsets) if all(alive[axis][i] for axis, i in enumerate(offset))
-        )
+        return tuple(t for t, offset in enumerate(self.offsets) if all(alive[axis][i] for axis, i in enumerate(offset)))
 
     def subset(self, indices: Iterable[int]) -> TapPattern:
         """The taps with these indices, in the same window."""
@@ -334,105 +308,11 @@ def _text(pattern: TapPattern) -> str:
     return text if separator in text else text + separator
 
 
-def _progression(values: Sequence[int]) -> tuple[int, int, int] | None:
-    """(first, count, step) if the sorted distinct values are equally spaced."""
-    if len(values) == 1:
-        return values[0], 1, 1
-    step = values[1] - values[0]
-    if all(b - a == step for a, b in itertools.pairwise(values)):
-        return values[0], len(values), step
-    return None
-
-
 @lru_cache(maxsize=4096)
 def _single_grid(pattern: TapPattern) -> Grid | None:
-    if not pattern.offsets:
-        return None
-    axes = []
-    for axis in range(pattern.axes):
-        progression = _progression(sorted({offset[axis] for offset in pattern.offsets}))
-        if progression is None:
-            return None
-        axes.append(progression)
-    origin, size, dilation = (tuple(part) for part in zip(*axes, strict=True))
-    if math.prod(size) != len(pattern.offsets):
-        return None  # the projections are regular but the taps do not fill their product
-    return Grid(origin, size, dilation, tuple(range(len(pattern.offsets))))
+    return single_grid(pattern.offsets)
 
 
 @lru_cache(maxsize=1024)
 def _cover(pattern: TapPattern, limit: int) -> tuple[Grid, ...] | None:
-    whole = _single_grid(pattern)
-    if whole is not None:
-        return (whole,)
-    if not pattern.offsets:
-        return ()
-    index = {offset: t for t, offset in enumerate(pattern.offsets)}
-    left = set(pattern.offsets)
-    cover: list[Grid] = []
-    while left:
-        if len(cover) == limit:
-            return None
-        widest = _widest(pattern, left)
-        if widest is None:
-            return None
-        origin, size, dilation = widest
-        points = list(_lattice(origin, size, dilation))
-        cover.append(Grid(origin, size, dilation, tuple(index[p] if p in left else -1 for p in points)))
-        left.difference_update(points)
-    return tuple(cover)
-
-
-def _lattice(origin: Offset, size: Offset, dilation: Offset) -> Iterable[Offset]:
-    return itertools.product(
-        *(range(o, o + s * d, d) for o, s, d in zip(origin, size, dilation, strict=True))
-    )
-
-
-def _widest(pattern: TapPattern, left: set[Offset]) -> tuple[Offset, Offset, Offset] | None:
-    """The grid of taps that owns most of what is left, fewest wasted points on a tie."""
-    taps = set(pattern.offsets)
-    sample = list(itertools.islice(pattern.offsets, 64))
-    steps = [
-        sorted({abs(a[axis] - b[axis]) for a in left for b in sample} - {0})[: _STEPS_TRIED[pattern.axes]] or [1]
-        for axis in range(pattern.axes)
-    ]
-    best: tuple[int, int, Offset, Offset, Offset] | None = None
-    for dilation in itertools.product(*steps):
-        starts = {
-            o
-            for o in taps
-            if not any(_moved(o, axis, -d) in taps for axis, d in enumerate(dilation))
-            and any(_moved(o, axis, d) in taps for axis, d in enumerate(dilation))
-        }
-        if len(starts) > _STARTS_TRIED:
-            continue  # scattered at this step: no grid here owns more than a few taps
-        for origin in sorted(starts | set(itertools.islice(sorted(left), 16))):
-            size = _grow(taps, origin, dilation)
-            owned = sum(p in left for p in _lattice(origin, size, dilation))
-            candidate = (owned, -math.prod(size), origin, size, dilation)
-            if best is None or candidate[:2] > best[:2]:
-                best = candidate
-    if best is None:
-        return None
-    _, _, origin, size, dilation = best
-    return origin, size, tuple(d if s > 1 else 1 for d, s in zip(dilation, size, strict=True))
-
-
-def _moved(offset: Offset, axis: int, by: int) -> Offset:
-    return (*offset[:axis], offset[axis] + by, *offset[axis + 1 :])
-
-
-def _grow(taps: set[Offset], origin: Offset, dilation: Offset) -> Offset:
-    """Largest lattice of taps from an origin, growing every axis in turn while it fits."""
-    size = [1] * len(origin)
-    growing = True
-    while growing:
-        growing = False
-        for axis in range(len(origin)):
-            size[axis] += 1
-            if all(p in taps for p in _lattice(origin, tuple(size), dilation)):
-                growing = True
-            else:
-                size[axis] -= 1
-    return tuple(size)
+    return cover(pattern.offsets, limit)

@@ -115,7 +115,9 @@ def _exact(network: nn.Module, inputs: tuple[Tensor, ...], cotangent: Tensor) ->
 
 def _error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Relative L2 error over all tensors together."""
-    difference = sum(float((a.detach().double() - b.detach()).square().sum()) for a, b in zip(results, exact, strict=True))
+    difference = sum(
+        float((a.detach().double() - b.detach()).square().sum()) for a, b in zip(results, exact, strict=True)
+    )
     size = sum(float(b.detach().square().sum()) for b in exact)
     return float((difference / size) ** 0.5)
 

@@ -23,7 +23,7 @@ from adaptconv.modules import AdaptiveConv2d
 from benchmarks.facts import machine_facts
 
 Call = Callable[[], object]
-_CALLS, _ROUNDS = 2000, 30
+_CALLS, _ROUNDS = 1000, 15
 
 
 def paired_us(theirs: Call, ours: Call) -> tuple[float, float]:

@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from adaptconv import dispatch, measure, ops
+from adaptconv import dispatch, measure, trilinear
 from adaptconv.backends import Choice, backend_named
 from adaptconv.problem import Direction, Problem
 from benchmarks.facts import machine_facts
@@ -127,13 +127,11 @@ def timed(layer: Layer, direction: Direction, device: torch.device, seconds: flo
             calls[f"native {layout} {choice.backend}"] = _call(problem, choice, a, b)
         plan = dispatch.plan(problem)
         plans[layout] = f"{plan.choice} ({plan.source})"
-        calls[f"adaptconv {layout}"] = partial(ops.execute, plan, a, b)
+        calls[f"adaptconv {layout}"] = partial(trilinear.execute, plan, a, b)
     with torch.no_grad():
         timings = measure.interleave(calls, budget_s=seconds, device=device)
     times = {name: timing.p20_us / 1e3 for name, timing in timings.items()}
-    native = {
-        layout: min(ms for name, ms in times.items() if name.startswith(f"native {layout} ")) for layout in plans
-    }
+    native = {layout: min(ms for name, ms in times.items() if name.startswith(f"native {layout} ")) for layout in plans}
     ours = {layout: times[f"adaptconv {layout}"] for layout in plans}
     rounds = min(timing.rounds for timing in timings.values())
     return Row(layer.name, str(direction), native, ours, plans, min(native.values()) / min(ours.values()), rounds)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import adaptconv
-from adaptconv import ops
+from adaptconv import trilinear
 from adaptconv.compile import inductor
 from adaptconv.compile import rewrite as rewriting
 from adaptconv.compile.optimize import NotOptimizable, collect_sites, log_of
@@ -348,7 +348,7 @@ def test_gradients_are_planned_only_where_training_asks():
 def test_a_plan_in_the_arguments_is_what_runs(backend):
     x, w = torch.randn(2, 4, 12, 12), torch.randn(4, 4, 9)
     with adaptconv.pinned(backend):
-        plan = ops.plan_all(_problem(x, w), False, False).text
+        plan = trilinear.plan_all(_problem(x, w), False, False).text
     assert plan.startswith(f"{backend}@")
     y = torch.ops.adaptconv.conv(x, w, None, "3x3d2x2", [1, 1], [2, 2, 2, 2], 1, plan)
     torch.testing.assert_close(y, F.conv2d(x, w.reshape(4, 4, 3, 3), padding=2, dilation=2), rtol=1e-4, atol=1e-4)
@@ -358,18 +358,18 @@ def _problem(x, w):
     from adaptconv.taps import TapPattern
 
     taps = TapPattern.parse("3x3d2x2")
-    return ops.forward_problem(x, w, taps, (1, 1), ((2, 2), (2, 2)), 1, False, "contiguous")
+    return trilinear.forward_problem(x, w, taps, (1, 1), ((2, 2), (2, 2)), 1, False, "contiguous")
 
 
 def test_a_plan_text_reads_back_and_a_wrong_one_is_refused():
     x, w = torch.randn(2, 4, 12, 12), torch.randn(4, 4, 9)
     problem = _problem(x, w)
-    plans = ops.plan_all(problem, True, True)
-    again = ops.plans_from_text(problem, plans.text)
+    plans = trilinear.plan_all(problem, True, True)
+    again = trilinear.plans_from_text(problem, plans.text)
     assert [again.of(d).choice for d in Direction] == [plans.of(d).choice for d in Direction]
     for text in ("nonsense", "a|b", "native@1{}|-|-", "nobody@1{}|-|-", "native@1{layout=asis,pad=__import__}|-|-"):
         with pytest.raises(ValueError, match=r".+"):
-            ops.plans_from_text(problem, text)
+            trilinear.plans_from_text(problem, text)
 
 
 def test_an_opaque_plan_trains_through_inductor():

@@ -13,8 +13,9 @@ from torch import Tensor
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Space
 from adaptconv.backends.grid import constant, grid_space, picked, run_grid
+from adaptconv.grids import Grid
 from adaptconv.problem import Direction, Problem
-from adaptconv.taps import Grid, TapPattern
+from adaptconv.taps import TapPattern
 
 MAX_GRIDS = 4
 

@@ -140,7 +140,9 @@ def _grad_input(problem: Problem, bound: int, dy: Tensor, w: Tensor) -> Tensor:
         matrix = _matrix(problem, w, live).transpose(1, 2)
         for images, rows in _chunks(problem, bound):
             grad = dy[images][:, :, rows]
-            spread = torch.matmul(matrix, grad.reshape(grad.shape[0], problem.groups, problem.c_out // problem.groups, -1))
+            spread = torch.matmul(
+                matrix, grad.reshape(grad.shape[0], problem.groups, problem.c_out // problem.groups, -1)
+            )
             spread = spread.reshape(grad.shape[0], problem.c_in, len(live), *grad.shape[2:])
             chunk = padded[images]
             for i, t in enumerate(live):

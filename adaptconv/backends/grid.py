@@ -76,9 +76,7 @@ def grid_space(problem: Problem) -> Space:
         Knob("pad", ("implicit", "explicit"), "implicit", "let torch pad, or F.pad first and convolve with padding 0"),
     ]
     if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is not None:
-        knobs.append(
-            Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward with flipped taps")
-        )
+        knobs.append(Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward with flipped taps"))
     if problem.direction is Direction.GRAD_WEIGHT and problem.is_depthwise:
         knobs.append(
             Knob("route", ("native", "grouped"), "native", "torch's backward, or one grouped forward of x by dy")
@@ -103,17 +101,19 @@ def run_grid(problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tenso
 
 
 def never_returns(problem: Problem) -> bool:
-    """Whether torch's own channels_last call would not come back.
-
-    oneDNN's bfloat16 depthwise forward (seen in torch 2.13 on AVX-512) loops forever on at most 16
-    channels under an undilated kernel 15 or more wide; with any other layout it is sound.
-    """
-    if problem.dtype != "bfloat16" or problem.device.kind != "cpu" or problem.direction is not Direction.FORWARD:
-        return False
-    if not (problem.is_depthwise and problem.c_in <= 16):
+    """Whether torch's own channels_last call for a FORWARD problem would not come back."""
+    if problem.direction is not Direction.FORWARD or not problem.is_depthwise:
         return False
     grid = geometry(problem)
-    return grid is not None and grid.size[-1] >= 15 and grid.dilation[-1] == 1
+    return grid is not None and _loops_forever(problem, problem.c_in, grid.size[-1], grid.dilation[-1])
+
+
+def _loops_forever(problem: Problem, channels: int, width: int, dilation: int) -> bool:
+    """What oneDNN's bfloat16 channels_last depthwise forward (seen in torch 2.13 on AVX-512) never returns on at
+    most 16 channels under an undilated kernel 15 or more wide; in any other layout it is sound.
+    """
+    on_cpu = problem.dtype == "bfloat16" and problem.device.kind == "cpu"
+    return on_cpu and channels <= 16 and width >= 15 and dilation == 1
 
 
 def _working_format(problem: Problem, config: Config) -> torch.memory_format:
@@ -204,6 +204,8 @@ def _grad_weight_grouped(
     image and channel.
     """
     batch = problem.batch
+    if _loops_forever(problem, batch * problem.c_in, dy.shape[-1], problem.stride[-1]):
+        memory_format = torch.contiguous_format
     padded = F.pad(x, grid.pads)
     source = padded.reshape(1, batch * problem.c_in, *padded.shape[2:]).contiguous(memory_format=memory_format)
     filters = dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]).contiguous(memory_format=memory_format)

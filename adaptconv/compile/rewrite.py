@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from adaptconv import ops
+from adaptconv import ops, trilinear
 from adaptconv.backends import Config
 from adaptconv.backends.grid import constant
 from adaptconv.compile.sites import Conv, Site, common_window, find_sites, find_sums, value
 from adaptconv.dispatch import Plan, Source
-from adaptconv.ops import Plans
 from adaptconv.problem import Problem
+from adaptconv.trilinear import Plans
 
 _LOG = logging.getLogger("adaptconv.compile")
 
@@ -94,7 +94,7 @@ def judge(site: Site) -> SiteReport:
     """Plan a site and say whether it should be rewritten; changes nothing."""
     if site.problem is None:
         return _report(site, False, site.reason, None)
-    plans = ops.plan_all(site.problem, site.grad_input, site.grad_weight)
+    plans = trilinear.plan_all(site.problem, site.grad_input, site.grad_weight)
     _LOG.debug("%s %s at %s:\n%s", site.kind, site.where, site.source, plans.forward)
     if len(site.members) > 1 and not _sum_pays(plans):
         return _report(site, False, "the sum as written is as fast as any single call known", plans)

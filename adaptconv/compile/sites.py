@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptconv import functional, ops
+from adaptconv import arguments, trilinear
 from adaptconv.errors import AdaptConvError
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
@@ -200,10 +200,10 @@ def value(node: fx.Node) -> Tensor:
 def _read_torch(node: fx.Node, axes: int) -> Conv:
     a = _arguments(node, _CONV_ARGS)
     weight = value(a["weight"])
-    size, dilation = functional.checked_grid(axes, weight, a.get("dilation", 1))
+    size, dilation = arguments.checked_grid(axes, weight, a.get("dilation", 1))
     taps = TapPattern.grid(size, dilation)
-    stride = functional.checked_ints(axes, a.get("stride", 1), "stride", least=1)
-    padding = functional.checked_padding(axes, a.get("padding", 0), taps.window, stride)
+    stride = arguments.checked_ints(axes, a.get("stride", 1), "stride", least=1)
+    padding = arguments.checked_padding(axes, a.get("padding", 0), taps.window, stride)
     return Conv(node, taps, stride, padding, a.get("groups", 1), False)
 
 
@@ -310,12 +310,12 @@ def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
         return replace(bare, reason="an unbatched input is left to torch")
     if any(not isinstance(extent, int) for w in weights for extent in w.shape):
         return replace(bare, reason="the weight's shape is symbolic")
-    if out.dtype not in functional.SUPPORTED or 0 in (*weights[0].shape, *x.shape[1:]):
+    if out.dtype not in arguments.SUPPORTED or 0 in (*weights[0].shape, *x.shape[1:]):
         return replace(bare, reason=f"dtype {out.dtype} or an empty operand is left to torch")
     dynamic = any(not isinstance(extent, int) for extent in x.shape)
     sizes = [_hint(extent) for extent in x.shape]
-    layout = ops.layout_of(_stand_in(x, sizes), weights[0])
-    problem = ops.forward_problem(
+    layout = trilinear.layout_of(_stand_in(x, sizes), weights[0])
+    problem = trilinear.forward_problem(
         x, weights[0], taps, first.stride, padding, first.groups, any(m.bias is not None for m in members), layout
     )
     problem = replace(

@@ -21,7 +21,7 @@ from time import perf_counter_ns
 import torch
 from torch import Tensor
 
-from adaptconv import ops
+from adaptconv import trilinear
 from adaptconv.backends import Choice
 from adaptconv.dispatch import Source, plan_from_choice
 from adaptconv.problem import Direction, Problem
@@ -123,7 +123,7 @@ class Bench:
             AdaptConvError: the choice does not fit the problem.
         """
         plan = plan_from_choice(self.problem, choice, Source.PINNED, "being tuned")
-        return partial(ops.execute, plan, self.a, self.b, self.bias)
+        return partial(trilinear.execute, plan, self.a, self.b, self.bias)
 
     def once_us(self, call: Callable[[], object]) -> float:
         """One call by the clock, in microseconds; candidates that are far too slow need no better."""

@@ -1,0 +1,342 @@
+"""conv1d, conv2d, conv3d: what they accept, and what they say to what they cannot."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import adaptconv
+from adaptconv import BackendRejected, Kernel, TapPattern, pinned
+from adaptconv.dispatch import current_pin
+from adaptconv.errors import AdaptConvError, UnknownBackend, UnknownKnob
+
+OURS: dict[int, Callable[..., Tensor]] = {1: adaptconv.conv1d, 2: adaptconv.conv2d, 3: adaptconv.conv3d}
+TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+RING = TapPattern.parse("111/101/111")
+
+X = torch.randn(1, 4, 8, 8)
+W = torch.randn(6, 2, 3, 3)
+K = Kernel(torch.randn(6, 2, 8), RING)
+
+
+def bad(name: str, says: str, *args: Any, axes: int = 2, kind: type[Exception] = RuntimeError, **kwargs: Any) -> Any:
+    return pytest.param(axes, args, {"groups": 2, **kwargs}, kind, says, id=name)
+
+
+# What is wrong, what the message must hold, the call. ``groups=2`` unless said otherwise.
+BAD = [
+    # shapes
+    bad("input-rank-2", r"4-dimensional.*got shape \(8, 8\)", X[0, 0], W),
+    bad("input-rank-5", r"4-dimensional.*got shape \(1, 1, 4, 8, 8\)", X[None], W),
+    bad("weight-rank-3", r"\[C_out, C_in/groups, H, W\].*got shape \(6, 2, 3\)", X, W[..., 0]),
+    bad("weight-rank-5", r"\[C_out, C_in/groups, H, W\]", X, W[..., None]),
+    bad("weight-for-conv3d", r"\[C_out, C_in/groups, D, H, W\]", X[None], W, axes=3),
+    bad("channels", r"expect an input with 4 channels, got 5", torch.randn(1, 5, 8, 8), W),
+    bad("unbatched-channels", r"expect an input with 4 channels, got 3", torch.randn(3, 8, 8), W),
+    bad("bias-length", r"shape \[6\].*got \(5,\)", X, W, torch.randn(5)),
+    bad("bias-rank", r"shape \[6\].*got \(6, 1\)", X, W, torch.randn(6, 1)),
+    bad("bias-scalar", r"shape \[6\].*got \(\)", X, W, torch.tensor(1.0)),
+    bad("window-over-input", r"smaller than the kernel's window.*\(8, 8\).*\(17, 17\)", X, W, dilation=8),
+    bad("taps-over-input", r"smaller than the kernel's window.*\(2, 2\).*\(3, 3\)", X[..., :2, :2], K),
+    bad("taps-of-another-rank", r"3 axes, got a pattern with window \(3, 3\)", X[None], K, axes=3),
+    # groups
+    bad("groups-zero", r"groups=0", X, W, groups=0),
+    bad("groups-negative", r"groups=-1", X, W, groups=-1),
+    bad("groups-not-dividing", r"divisible by groups=4", X, W, groups=4),
+    bad("groups-over-outputs", r"at least 8", torch.randn(1, 16, 8, 8), W, groups=8),
+    # dtypes
+    bad("mixed", r"float32.*float64|same", X, W.double()),
+    bad("mixed-bias", r"bias float64|same", X, W, torch.randn(6).double()),
+    bad("mixed-taps", r"input float64, weight float32", X.double(), K),
+    bad("integer-taps", r"float64, float32, bfloat16, float16; got int64", X.long(), Kernel(K.weight.long(), RING)),
+    bad("complex-taps", r"got complex64", X.cfloat(), Kernel(K.weight.cfloat(), RING)),
+    # devices
+    bad("weight-on-meta", r"one device, got input on cpu, weight on meta", X, W.to("meta")),
+    bad("bias-on-meta", r"one device.*bias on meta", X, W, torch.randn(6, device="meta")),
+    bad("taps-on-meta", r"one device", X, Kernel(K.weight.to("meta"), RING)),
+    # geometry
+    bad("stride-zero", r"stride=0, expected at least 1", X, W, stride=0),
+    bad("stride-negative", r"stride=\(1, -1\)", X, W, stride=(1, -1)),
+    bad("stride-three", r"an int or 2 ints, got \(1, 1, 1\)", X, W, stride=(1, 1, 1)),
+    bad("stride-none", r"got \(\)", X, W, stride=()),
+    bad("dilation-zero", r"dilation=0", X, W, dilation=0),
+    bad("padding-negative", r"padding=-1", X, W, padding=-1),
+    bad("padding-word", r"'same' or 'valid', got 'full'", X, W, padding="full"),
+    bad("same-strided", r"stride \(2, 2\)", X, W, padding="same", stride=2),
+    bad("padding-pairs", r"2 pairs of ints >= 0, got \(\(1, 1\),\)", X, W, padding=((1, 1),)),
+    bad("padding-negative-pair", r"pairs of ints >= 0", X, W, padding=((1, -1), (0, 0))),
+    bad("dilated-taps", r"dilation 2 .* leave dilation at 1", X, K, dilation=2),
+    # types: TypeError, as torch
+    bad("input-list", r"input must be a tensor, got list", [1.0], W, kind=TypeError),
+    bad("input-array", r"input must be a tensor, got ndarray", X.numpy(), W, kind=TypeError),
+    bad("weight-none", r"weight must be a tensor.*got NoneType", X, None, kind=TypeError),
+    bad("weight-array", r"weight must be a tensor.*got ndarray", X, W.numpy(), kind=TypeError),
+    bad("bias-list", r"bias must be a tensor.*got list", X, W, [0.0] * 6, kind=TypeError),
+    bad("stride-float", r"stride must be an int or 2 ints, got 1.5", X, W, kind=TypeError, stride=1.5),
+    bad("stride-string", r"stride must be an int or 2 ints, got '2'", X, W, kind=TypeError, stride="2"),
+    bad("stride-null", r"stride must be an int or 2 ints, got None", X, W, kind=TypeError, stride=None),
+    bad("stride-bool", r"got \(True, 2\)", X, W, kind=TypeError, stride=(True, 2)),
+    bad("dilation-floats", r"dilation must be .* got \(2.5, 1\)", X, W, kind=TypeError, dilation=(2.5, 1)),
+    bad("padding-float", r"padding must be .* got 0.5", X, W, kind=TypeError, padding=0.5),
+    bad("padding-mixed-pair", r"pairs of ints", X, W, kind=TypeError, padding=((0.5, 1), (0, 0))),
+    bad("groups-float", r"groups must be an int, got 2.5", X, W, kind=TypeError, groups=2.5),
+    bad("groups-string", r"groups must be an int, got '2'", X, W, kind=TypeError, groups="2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("way", [None, "gather"])
+@pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), BAD)
+def test_bad_input_is_told_what_was_expected_and_what_came(
+    axes: int, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], says: str, way: str | None, warm: bool
+) -> None:
+    with pinned(way or "dense"):
+        if warm:  # a good call of nearly the same shape was prepared before
+            adaptconv.conv2d(X, W, torch.randn(6), groups=2)
+            adaptconv.conv2d(X, K, groups=2)
+            adaptconv.conv2d(X, W, groups=2)
+        with pytest.raises(kind, match=says) as caught:
+            OURS[axes](*args, **kwargs)
+    assert isinstance(caught.value, AdaptConvError)
+    assert f"conv{axes}d" in str(caught.value)
+
+
+@pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), [p for p in BAD if "taps" not in p.id])
+def test_torch_refuses_the_same_calls_with_the_same_kind_of_error(
+    axes: int, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    if isinstance(kwargs.get("padding"), tuple) and isinstance(kwargs["padding"][0], tuple):
+        return  # pairs are adaptconv's own spelling
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as theirs:
+        TORCHS[axes](*args, **kwargs)
+    with pytest.raises(type(theirs.value)):
+        OURS[axes](*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
+def test_a_dtype_without_plans_is_torchs_to_answer(dtype: torch.dtype) -> None:
+    x, w = (torch.ones(1, 2, 5).to(dtype), torch.ones(2, 2, 3).to(dtype))
+    try:
+        theirs = F.conv1d(x, w)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError) as ours:
+            adaptconv.conv1d(x, w)
+        assert str(ours.value) == str(error)
+    else:
+        assert torch.equal(adaptconv.conv1d(x, w), theirs)
+    with pytest.raises(RuntimeError, match=f"got {str(dtype)[6:]}"), pinned("gather"):
+        adaptconv.conv1d(x, w)
+
+
+@pytest.mark.parametrize(
+    ("says", "make"),
+    [
+        (r"tap \(3,\) lies outside its window \(3,\)", lambda: TapPattern(((0,), (3,)), (3,))),
+        (r"tap \(-1,\) lies outside", lambda: TapPattern(((-1,),), (3,))),
+        (r"tap \(1,\) appears more than once", lambda: TapPattern(((1,), (1,)), (3,))),
+        (r"1 coordinates but the window \(3, 3\) has 2 axes", lambda: TapPattern(((1,),), (3, 3))),
+        (r"at least one position each, got \(0,\)", lambda: TapPattern((), (0,))),
+        (r"1 to 3 axes", lambda: TapPattern((), ())),
+        (r"1 to 3 axes", lambda: TapPattern((), (1, 1, 1, 1))),
+        (r"size must be .* got 0", lambda: TapPattern.grid(0)),
+        (r"dilation must be .* got \(1,\)", lambda: TapPattern.grid((3, 3), (1,))),
+        (r"size must be .* got True|size must be", lambda: TapPattern.grid((3, 2.5))),  # type: ignore[arg-type]
+        (r"odd on every axis, got \(4,\)", lambda: TapPattern.partial(4, 1, 2)),
+        (r"wing must be .* got -1", lambda: TapPattern.partial(3, -1, 2)),
+        (r"rectangular", lambda: TapPattern.from_mask([[1, 0], [1]])),
+        (r"rectangular", lambda: TapPattern.parse("101/11")),
+        (r"cannot read tap pattern '3y3'", lambda: TapPattern.parse("3y3")),
+        (r"cannot read tap pattern ''", lambda: TapPattern.parse("")),
+        (r"cannot read tap pattern 'x'", lambda: TapPattern.parse("x")),
+        (r"dilation must be", lambda: TapPattern.parse("3x3d2")),
+        (r"different ranks", lambda: RING.union(TapPattern.grid(3))),
+        (r"no common centre", lambda: RING.union(TapPattern.grid((2, 2)))),
+        (r"T = 8 taps, got shape \(6, 2, 9\)", lambda: Kernel(torch.randn(6, 2, 9), RING)),
+        (r"T = 8 taps, got shape \(6, 2, 3, 3\)", lambda: Kernel(W, RING)),
+        (r"expected 2, got 1", lambda: Kernel(torch.randn(6, 2, 8), RING, ((1.0,),))),
+        (r"at least one value", lambda: Kernel(torch.randn(6, 2, 8), RING, ((1.0,), ()))),
+        (r"weight window \(3, 2\) is not the taps' window \(3, 3\)", lambda: Kernel.from_dense(W[..., :2], RING)),
+        (r"taps must be a TapPattern, got str", lambda: Kernel(torch.randn(6, 2, 3), "101")),  # type: ignore[arg-type]
+        (r"weight must be a tensor, got list", lambda: Kernel([1.0], RING)),  # type: ignore[arg-type]
+    ],
+)
+def test_a_pattern_or_kernel_that_makes_no_sense_is_refused(says: str, make: Callable[[], object]) -> None:
+    with pytest.raises(AdaptConvError, match=says):
+        make()
+
+
+def test_an_unknown_backend_or_knob_names_the_known_ones() -> None:
+    with pytest.raises(UnknownBackend, match=r"'fastest'; registered: native, dense"), pinned("fastest"):
+        pass
+    with pytest.raises(UnknownKnob, match=r"unknown knob 'color'; declared: layout, pad"), pinned("native", color=1):
+        adaptconv.conv2d(X, W, groups=2)
+    with pytest.raises(UnknownKnob, match=r"'workspace_mib' cannot be 7; declared values: 4, 32"):
+        with pinned("gather", workspace_mib=7):
+            adaptconv.conv2d(X, W, groups=2)
+    with pytest.raises(UnknownKnob, match=r"cannot be '32'"), pinned("gather", workspace_mib="32"):
+        adaptconv.conv2d(X, W, groups=2)
+
+
+def test_a_rejection_says_who_why_what_and_what_to_do() -> None:
+    with pytest.raises(BackendRejected) as caught, pinned("native"):
+        adaptconv.conv2d(X, K, groups=2)
+    message = str(caught.value)
+    assert caught.value.backend == "native"
+    assert "not one regular grid" in caught.value.reason
+    assert all(part in message for part in ("native", caught.value.reason, "problem:", "explain", "8 taps"))
+
+
+# ---- good input in every spelling -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [None, "native", "dense", "gather"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"stride": [2, 1]},
+        {"stride": (2,), "padding": [1]},
+        {"stride": np.int64(2), "dilation": np.int32(2)},
+        {"stride": (np.int64(1), 2), "padding": (np.int16(1), 0)},
+        {"padding": torch.Size([1, 2])},
+        {"padding": "same", "dilation": (2, 1)},
+        {"padding": "valid", "stride": 3},
+        {"groups": np.int64(2)},
+        {"dilation": torch.tensor(2)},
+    ],
+    ids=str,
+)
+def test_every_spelling_torch_takes_is_taken(geometry: dict[str, Any], way: str | None) -> None:
+    arguments = {"groups": 2, **geometry}
+    for _ in range(2):  # cold, then warm
+        if way is None:
+            ours = adaptconv.conv2d(X, W, **arguments)
+        else:
+            with pinned(way):
+                ours = adaptconv.conv2d(X, W, **arguments)
+        torch.testing.assert_close(ours, F.conv2d(X, W, **arguments))
+
+
+def test_a_tensor_for_an_int_is_read_each_time() -> None:
+    dilation = torch.tensor(2)
+    with pinned("gather"):
+        torch.testing.assert_close(adaptconv.conv2d(X, W, dilation=dilation, groups=2), F.conv2d(X, W, None, 1, 0, 2, 2))
+        dilation.fill_(3)
+        torch.testing.assert_close(adaptconv.conv2d(X, W, dilation=dilation, groups=2), F.conv2d(X, W, None, 1, 0, 3, 2))
+
+
+@pytest.mark.parametrize("way", [None, "native", "dense", "gather"])
+@pytest.mark.parametrize("pairs", [((1, 0), (0, 2)), ((0, 3), (1, 1)), [[2, 1], [0, 0]], ((0, 1), 2)], ids=str)
+def test_uneven_padding_pads_each_side_for_itself(way: str | None, pairs: Any) -> None:
+    flat = [zeros for pair in reversed(pairs) for zeros in (pair if not isinstance(pair, int) else (pair, pair))]
+    x, w = X.double().requires_grad_(), W.double().requires_grad_()
+    right = F.conv2d(F.pad(x, flat), w, groups=2)
+    with pinned(way) if way else pinned("native"):
+        ours = adaptconv.conv2d(x, w, padding=pairs, groups=2)
+    if way is None:
+        ours = adaptconv.conv2d(x, w, padding=pairs, groups=2)
+    torch.testing.assert_close(ours, right)
+    dy = torch.randn_like(right)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, w), dy), torch.autograd.grad(right, (x, w), dy))
+
+
+@pytest.mark.parametrize("way", [None, "native", "dense", "gather"])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_an_empty_batch_gives_an_empty_answer_and_zero_gradients(axes: int, way: str | None) -> None:
+    x = torch.randn(0, 2, *(5,) * axes, requires_grad=True)
+    w = torch.randn(3, 2, *(3,) * axes, requires_grad=True)
+    b = torch.randn(3, requires_grad=True)
+    if way is None:
+        y = OURS[axes](x, w, b, padding=1)
+    else:
+        with pinned(way):
+            y = OURS[axes](x, w, b, padding=1)
+    assert y.shape == (0, 3, *(5,) * axes)
+    y.sum().backward()
+    assert w.grad is not None
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert not w.grad.any()
+
+
+def test_no_taps_give_the_bias_and_no_channels_give_what_torch_gives() -> None:
+    none = TapPattern.parse("000/000")
+    b = torch.randn(3)
+    y = adaptconv.conv2d(X, Kernel(torch.randn(3, 4, 0), none), b)
+    torch.testing.assert_close(y, b[None, :, None, None].expand(1, 3, 7, 6))
+    x = X.clone().requires_grad_()
+    adaptconv.conv2d(x, Kernel(torch.randn(3, 4, 0, requires_grad=True), none)).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+    nothing = torch.randn(1, 0, 8, 8), torch.randn(3, 0, 3, 3)
+    assert torch.equal(adaptconv.conv2d(*nothing), F.conv2d(*nothing))
+
+
+def test_meta_tensors_flow_through_every_backend() -> None:
+    x, w = X.to("meta"), W.to("meta")
+    for way in ("native", "dense", "gather"):
+        with pinned(way):
+            assert adaptconv.conv2d(x, w, groups=2, padding=1).shape == (1, 6, 8, 8)
+    assert adaptconv.conv2d(x, Kernel(K.weight.to("meta"), RING), groups=2).is_meta
+
+
+def test_a_view_of_a_larger_tensor_is_read_where_it_lies() -> None:
+    whole = torch.randn(2, 8, 20, 20)
+    x = whole[:, 1:5, 3:17:2, ::-1 if False else 1]
+    before = whole.clone()
+    for way in ("native", "dense", "gather"):
+        with pinned(way):
+            torch.testing.assert_close(adaptconv.conv2d(x, W, groups=2), F.conv2d(x, W, groups=2))
+    assert torch.equal(whole, before)
+
+
+# ---- pins ----------------------------------------------------------------------------------------
+
+
+def test_pins_nest_and_are_left_even_by_an_error() -> None:
+    assert current_pin() is None
+    with pinned("gather"):
+        with pinned("dense", pad="explicit"):
+            pin = current_pin()
+            assert pin is not None
+            assert pin.backend == "dense"
+        with pytest.raises(ZeroDivisionError), pinned("native"):
+            raise ZeroDivisionError
+        pin = current_pin()
+        assert pin is not None
+        assert pin.backend == "gather"
+    assert current_pin() is None
+
+
+def test_a_pin_is_for_its_own_thread() -> None:
+    seen: list[object] = []
+    with pinned("dual"):  # which would reject a plain grid
+        thread = threading.Thread(target=lambda: seen.extend((current_pin(), adaptconv.conv2d(X, W, groups=2))))
+        thread.start()
+        thread.join()
+    assert seen[0] is None
+    assert torch.equal(seen[1], F.conv2d(X, W, groups=2))  # type: ignore[arg-type]
+
+
+def test_threads_convolving_at_once_agree() -> None:
+    right = F.conv2d(X, W, groups=2)
+    wrong: list[object] = []
+
+    def work(way: str) -> None:
+        for _ in range(20):
+            with pinned(way):
+                if not torch.allclose(adaptconv.conv2d(X, W, groups=2), right, atol=1e-5):
+                    wrong.append(way)
+
+    threads = [threading.Thread(target=work, args=(way,)) for way in ("native", "dense", "gather", "native")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
