@@ -52,7 +52,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
             raise ConvArgumentError(f"{name} needs either a kernel_size or taps=, and not both")
         pattern = None if taps is None else as_taps(taps, self._axes)
         if pattern is not None:
-            if dilation not in (1, (1,) * self._axes):
+            if dilation != 1 and tuple(dilation if isinstance(dilation, (tuple, list)) else ()) != (1,) * self._axes:
                 raise ConvArgumentError(
                     f"{name}: taps already say where they sit; leave dilation at 1, got {dilation!r}"
                 )

@@ -229,7 +229,7 @@ def same_padding(window: Sequence[int]) -> Padding:
 
 
 def fp32_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """ "ieee", or which reduced-precision float32 paths the torch flags allow on this device."""
+    """Say "ieee", or which reduced-precision float32 paths the torch flags allow on this device."""
     if dtype is not torch.float32:
         return "ieee"
     allowed = []

@@ -48,7 +48,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; exit status 1 if an output or gradient is wrong."""
     parser = argparse.ArgumentParser("adaptconv demo", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="tuning time a network (20)")
+    parser.add_argument("--budget", type=float, default=15.0, metavar="SECONDS", help="tuning time a network (15)")
     parser.add_argument("--only", choices=sorted(NETWORKS), help="one network instead of both")
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
@@ -139,7 +139,7 @@ def _times(
     forward = {how: (lambda call=call: call(*inputs)) for how, call in variants.items()}
     times = {}
     for what, candidates in (("forward", forward), ("forward + backward", steps)):
-        timed = measure.interleave(candidates, budget_s=8.0, device=cpu)
+        timed = measure.interleave(candidates, budget_s=5.0, device=cpu)
         times.update({(what, how): timing.p20_us / 1e3 for how, timing in timed.items()})
     return times
 

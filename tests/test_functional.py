@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("way", [None, "gather"])
+@pytest.mark.parametrize("way", [None, "dense", "gather"])
 @pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), BAD)
 def test_bad_input_is_told_what_was_expected_and_what_came(
     axes: int, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], says: str, way: str | None, warm: bool
 ) -> None:
-    with pinned(way or "dense"):
+    if way is None and warm:
+        pytest.skip("what is prepared as torch's own call is torch's to refuse")
+    with pinned(way) if way else nullcontext():
         if warm:  # a good call of nearly the same shape was prepared before
             adaptconv.conv2d(X, W, torch.randn(6), groups=2)
             adaptconv.conv2d(X, K, groups=2)
@@ -108,7 +111,7 @@ def test_bad_input_is_told_what_was_expected_and_what_came(
     assert f"conv{axes}d" in str(caught.value)
 
 
-@pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), [p for p in BAD if "taps" not in p.id])
+@pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), [p for p in BAD if "taps" not in p.id and "meta" not in p.id])
 def test_torch_refuses_the_same_calls_with_the_same_kind_of_error(
     axes: int, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], says: str
 ) -> None:
@@ -215,11 +218,8 @@ def test_a_rejection_says_who_why_what_and_what_to_do() -> None:
 def test_every_spelling_torch_takes_is_taken(geometry: dict[str, Any], way: str | None) -> None:
     arguments = {"groups": 2, **geometry}
     for _ in range(2):  # cold, then warm
-        if way is None:
+        with pinned(way) if way else nullcontext():
             ours = adaptconv.conv2d(X, W, **arguments)
-        else:
-            with pinned(way):
-                ours = adaptconv.conv2d(X, W, **arguments)
         torch.testing.assert_close(ours, F.conv2d(X, W, **arguments))
 
 
@@ -237,9 +237,7 @@ def test_uneven_padding_pads_each_side_for_itself(way: str | None, pairs: Any) -
     flat = [zeros for pair in reversed(pairs) for zeros in (pair if not isinstance(pair, int) else (pair, pair))]
     x, w = X.double().requires_grad_(), W.double().requires_grad_()
     right = F.conv2d(F.pad(x, flat), w, groups=2)
-    with pinned(way) if way else pinned("native"):
-        ours = adaptconv.conv2d(x, w, padding=pairs, groups=2)
-    if way is None:
+    with pinned(way) if way else nullcontext():
         ours = adaptconv.conv2d(x, w, padding=pairs, groups=2)
     torch.testing.assert_close(ours, right)
     dy = torch.randn_like(right)
@@ -252,11 +250,8 @@ def test_an_empty_batch_gives_an_empty_answer_and_zero_gradients(axes: int, way:
     x = torch.randn(0, 2, *(5,) * axes, requires_grad=True)
     w = torch.randn(3, 2, *(3,) * axes, requires_grad=True)
     b = torch.randn(3, requires_grad=True)
-    if way is None:
+    with pinned(way) if way else nullcontext():
         y = OURS[axes](x, w, b, padding=1)
-    else:
-        with pinned(way):
-            y = OURS[axes](x, w, b, padding=1)
     assert y.shape == (0, 3, *(5,) * axes)
     y.sum().backward()
     assert w.grad is not None
@@ -288,7 +283,7 @@ def test_meta_tensors_flow_through_every_backend() -> None:
 
 def test_a_view_of_a_larger_tensor_is_read_where_it_lies() -> None:
     whole = torch.randn(2, 8, 20, 20)
-    x = whole[:, 1:5, 3:17:2, ::-1 if False else 1]
+    x = whole[:, 1:5, 3:17:2]
     before = whole.clone()
     for way in ("native", "dense", "gather"):
         with pinned(way):
