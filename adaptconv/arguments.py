@@ -57,14 +57,14 @@ def checked_groups(axes: int, groups: int) -> int:
 
 def checked_ints(axes: int, value: Ints, name: str, least: int) -> tuple[int, ...]:
     """An int or a sequence of one or ``axes`` ints, as a tuple of ``axes``."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * axes
-    if len(values) == 1:
-        values *= axes
-    if not all(is_int(v) for v in values):
+    given = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(given) == 1:
+        given *= axes
+    if not all(is_int(v) for v in given):
         raise ConvTypeError(f"conv{axes}d: {name} must be an int or {axes} ints, got {value!r}")
-    if len(values) != axes:
+    if len(given) != axes:
         raise ConvArgumentError(f"conv{axes}d: {name} must be an int or {axes} ints, got {value!r}")
-    values = tuple(as_int(v) for v in values)
+    values = tuple(as_int(v) for v in given)
     if any(v < least for v in values):
         torch_says = {
             "stride": "non-positive stride is not supported",
@@ -86,7 +86,7 @@ def checked_padding(
             raise ConvArgumentError(f"conv{axes}d: padding must be ints, 'same' or 'valid', got {padding!r}")
         if any(step != 1 for step in stride):
             raise ConvArgumentError(
-                f"conv{axes}d: padding='same' is not supported for strided convolutions (stride {stride}); give ints"
+                f"conv{axes}d: padding='same' is not supported for strided convolutions, got stride={stride}; give ints"
             )
         return same_padding(window)
     if isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding):

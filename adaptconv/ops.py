@@ -6,6 +6,7 @@ is opaque: for extents known only at run time, and for plans that Inductor would
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from adaptconv import dispatch, records
 from adaptconv.dispatch import Plan
+from adaptconv.errors import BackendRejected, UnknownKnob
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
-from adaptconv.trilinear import convolve, execute, forward_problem, layout_of, plan_all, plans_from_text
+from adaptconv.trilinear import Plans, convolve, execute, forward_problem, layout_of, plan_all, plans_from_text
+
+_LOG = logging.getLogger("adaptconv.ops")
 
 AUTO = "auto:"  # before the digest of the database: a plan left to run time
 OPAQUE = "opaque:"  # before a plan text: run it in an op of its own, out of Inductor's sight
@@ -68,12 +72,21 @@ def _conv(
     problem = forward_problem(
         x, weight, pattern, stride, _pairs(padding), groups, bias is not None, layout_of(x, weight)
     )
-    if plan.startswith(AUTO):
-        grad = torch.is_grad_enabled()
-        plans = plan_all(problem, grad and x.requires_grad, grad and weight.requires_grad)
-    else:
-        plans = plans_from_text(problem, plan)
-    return convolve(plans, x, weight, bias)
+    return convolve(_plans_of(problem, x, weight, plan), x, weight, bias)
+
+
+def _plans_of(problem: Problem, x: Tensor, weight: Tensor, text: str) -> Plans:
+    """The plans a graph carries, or today's where it carries none that fit.
+
+    A plan made for the strides dynamo saw may name a layout that the strides met here do not offer.
+    """
+    if not text.startswith(AUTO):
+        try:
+            return plans_from_text(problem, text)
+        except (BackendRejected, UnknownKnob) as error:
+            _LOG.warning("planning anew, the graph's plan does not fit: %s", error)
+    grad = torch.is_grad_enabled()
+    return plan_all(problem, grad and x.requires_grad, grad and weight.requires_grad)
 
 
 def _problem_of(

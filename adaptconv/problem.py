@@ -61,12 +61,17 @@ class Device:
 
 @cache
 def _cpu(threads: int) -> Device:
-    name = platform.processor() or platform.machine()
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+            for line in lines:
+                label, _, value = line.partition(":")
+                facts.setdefault(label.strip(), value.strip())
     except OSError:
-        pass
+        pass  # not Linux
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts:  # virtual machines tell the brand alone, and generations differ
+        name += f" f{facts['cpu family']}m{facts.get('model', '')}"
     return Device("cpu", f"{name} {torch.backends.cpu.get_cpu_capability()}", threads)
 
 

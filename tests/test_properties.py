@@ -303,7 +303,7 @@ def test_any_pattern_any_direction_any_backend(pattern: TapPattern, data: st.Dat
         config = data.draw(st.sampled_from(list(backend.space(problem))))
         result = backend.run(problem, config, a, b)
         assert result.shape == exact.shape
-        assert float((result - exact).abs().max()) < 1e-12, f"{backend.name} {config}"
+        assert torch.allclose(result, exact, rtol=1e-12, atol=1e-12), f"{backend.name} {config}"
 
 
 # ---- keys and choices ----------------------------------------------------------------------------
@@ -370,12 +370,8 @@ def test_a_choice_is_its_text(backend: str, version: int, config: dict[str, Any]
 
 @given(text=st.text(max_size=40))
 def test_what_is_no_choice_is_refused(text: str) -> None:
-    try:
-        choice = Choice.parse(text)
-    except ValueError as error:
-        assert "expected" in str(error)
-    else:
-        assert Choice.parse(str(choice)) == choice
+    with pytest.raises(ValueError, match="expected 'backend@version"):
+        Choice.parse(text)
 
 
 def test_every_declared_configuration_survives_its_text() -> None:
@@ -398,7 +394,8 @@ def test_same_padding_is_torchs() -> None:
         taps = TapPattern.grid(size, dilation)
         x, w = torch.randn(1, 1, 9, dtype=torch.float64), torch.randn(1, 1, size, dtype=torch.float64)
         padded = F.pad(x, list(same_padding(taps.window)[0]))
-        torch.testing.assert_close(F.conv1d(padded, w, dilation=dilation), F.conv1d(x, w, padding="same", dilation=dilation))
+        theirs = F.conv1d(x, w, padding="same", dilation=dilation)
+        torch.testing.assert_close(F.conv1d(padded, w, dilation=dilation), theirs)
 
 
 def test_a_rejection_is_for_pins_only() -> None:
