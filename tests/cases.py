@@ -36,9 +36,7 @@ class Case:
     padding: Padding
     bias: bool = False
 
-    def problem(
-        self, direction: Direction, dtype: torch.dtype = torch.float64, layout: str = "contiguous"
-    ) -> Problem:
+    def problem(self, direction: Direction, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> Problem:
         return Problem(
             direction, self.batch, self.c_in, self.c_out, self.groups, self.spatial, TapPattern.parse(self.taps),
             self.stride, self.padding, str(dtype).removeprefix("torch."), layout, Device.of(CPU),

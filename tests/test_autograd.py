@@ -146,7 +146,16 @@ def test_the_direction_op_has_derivatives_of_every_order() -> None:
 
         def run(a: Tensor, b: Tensor, direction: Direction = direction) -> Tensor:
             result: Tensor = torch.ops.adaptconv.direction(
-                str(direction), a, b, None, c.taps, [1, 1], flat, list(c.spatial), c.groups, "contiguous",
+                str(direction),
+                a,
+                b,
+                None,
+                c.taps,
+                [1, 1],
+                flat,
+                list(c.spatial),
+                c.groups,
+                "contiguous",
                 ops.auto_plan(),
             )
             return result
@@ -169,7 +178,9 @@ def test_a_plan_can_only_name_a_registered_backend() -> None:
         torch.ops.adaptconv.conv(x, w, bias, *rest)
 
 
-@pytest.mark.parametrize("choice", ["gather@1{workspace_mib=7}", "gather@1{}", "native@1{layout=asis,code=x}", "dual@1{}"])
+@pytest.mark.parametrize(
+    "choice", ["gather@1{workspace_mib=7}", "gather@1{}", "native@1{layout=asis,code=x}", "dual@1{}"]
+)
 def test_a_plan_that_does_not_fit_is_made_anew_and_said_so(choice: str, caplog: pytest.LogCaptureFixture) -> None:
     c = SMALL[2]
     x, w, bias, *rest = op_arguments(c, f"{choice}|-|-")

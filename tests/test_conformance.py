@@ -213,7 +213,8 @@ def main() -> None:
     print("grid), over all cases, layouts and configurations. 'pooled': root mean square over root mean square;")
     print("'worst': the largest single ratio, errors below a quarter unit in the last place counted as that;")
     print("'over': outcomes beyond the bound the test holds them to.\n")
-    print(f"{'backend':8} {'direction':12} {'dtype':9} {'outcomes':>8} {'pooled':>7} {'worst':>6} {'over':>5}  worst in")
+    titles = f"{'outcomes':>8} {'pooled':>7} {'worst':>6} {'over':>5}"
+    print(f"{'backend':8} {'direction':12} {'dtype':9} {titles}  worst in")
     for backend in BACKENDS:
         for direction in Direction:
             rows: dict[torch.dtype, list[tuple[str, Outcome]]] = {dtype: [] for dtype in DTYPES}

@@ -96,8 +96,10 @@ BAD = [
 TORCHS_TOO = [p for p in BAD if not {"taps", "meta"} & set(p.id.split("-"))]
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("way", [None, "dense", "gather"])
+# Warm and unpinned is missing: what was prepared as torch's own call is torch's to refuse.
+@pytest.mark.parametrize(
+    ("way", "warm"), [(None, False), ("dense", False), ("dense", True), ("gather", False), ("gather", True)]
+)
 @pytest.mark.parametrize(("axes", "args", "kwargs", "kind", "says"), BAD)
 def test_bad_input_is_told_what_was_expected_and_what_came(
     axes: int,
@@ -108,8 +110,6 @@ def test_bad_input_is_told_what_was_expected_and_what_came(
     way: str | None,
     warm: bool,
 ) -> None:
-    if way is None and warm:
-        pytest.skip("what is prepared as torch's own call is torch's to refuse")
     with pinned(way) if way else nullcontext():
         if warm:  # a good call of nearly the same shape was prepared before
             adaptconv.conv2d(X, W, torch.randn(6), groups=2)
@@ -136,6 +136,7 @@ def test_torch_refuses_the_same_calls_with_the_same_kind_of_error(
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
 def test_a_dtype_without_plans_is_torchs_to_answer(dtype: torch.dtype) -> None:
     x, w = (torch.ones(1, 2, 5).to(dtype), torch.ones(2, 2, 3).to(dtype))
+
     def answer(conv: Callable[..., Tensor]) -> str:
         try:
             return str(conv(x, w))

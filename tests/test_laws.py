@@ -402,7 +402,6 @@ def call_and_count() -> int:
     return len(caught)
 
 
-
 @pytest.mark.parametrize(
     "content",
     [b"", b"\x80\x04cos\nsystem\n", b"{}", b'{"schema": 99}', b"[" * 100_000, b'{"record": {"schema"', b"\xff" * 100],

@@ -498,9 +498,7 @@ def test_a_bad_file_is_refused_once(layered: Path, tmp_path: Path, spoil: Callab
         assert hit.record.p20_us == 7.0
 
 
-def test_a_foreign_owned_file_is_refused_once(
-    layered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_foreign_owned_file_is_refused_once(layered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _disowned(layered, monkeypatch)
     refused(layered, tmp_path, "foreign owner")
 

@@ -809,5 +809,3 @@ def test_sigkill_leaves_every_finished_problem_in_a_readable_database(tmp_path: 
     assert set(finished) <= kept
     by_key = {problem.key(): problem for problem in many(400)}
     assert all(dispatch.plan(by_key[key]).source is Source.RECORD for key in finished)
-
-

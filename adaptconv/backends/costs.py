@@ -90,7 +90,7 @@ def _is_direct(problem: Problem, channels_last: bool, explicit: bool, route: str
     if route == "grouped":
         return True
     if problem.direction is Direction.GRAD_INPUT:
-        return undilated and problem.axes == 2
+        return undilated and problem.axes < 3
     return undilated and grid.size[-1] <= 3 and problem.axes == 2
 
 
