@@ -102,7 +102,8 @@ class Report:
             alike.setdefault(replace(row, where="", source=""), []).append(_place(row))
         header = ("where", "problem", "plan", "from", "ms", "native ms", "gain", "note")
         cells = [_cells(row, places) for row, places in alike.items()]
-        return tabulate(cells, headers=header, tablefmt=style, disable_numparse=True)
+        text: str = tabulate(cells, headers=header, tablefmt=style, disable_numparse=True)
+        return text
 
     def __str__(self) -> str:
         lines = [self.title]

@@ -12,6 +12,8 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="adaptconv-tests-")
 for _name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
     os.environ[_name] = os.path.join(_SCRATCH.name, _name.lower())
 os.environ.pop("ADAPTCONV_DB", None)
+# Threads that spin for work cost most of the run where other processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -301,6 +301,29 @@ def test_a_view_of_a_larger_tensor_is_read_where_it_lies() -> None:
     assert torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("way", ["dense", "gather"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("last", ["input", "weight", "both"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_memory_formats_are_torchs_in_the_answer_and_the_gradients(
+    axes: int, last: str, dtype: torch.dtype, way: str
+) -> None:
+    """Torch keeps channels_last where its kernel for the dtype and sizes knows it, and only there."""
+    memory_format = torch.channels_last if axes == 2 else torch.channels_last_3d
+    for batch, groups, dilation in ((1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 1, 2)):
+        x = torch.randn(batch, 4, *(6,) * axes).to(dtype)
+        w = torch.randn(4, 4 // groups, *(2,) * axes).to(dtype)
+        x = (x.contiguous(memory_format=memory_format) if last != "weight" else x).requires_grad_()
+        w = (w.contiguous(memory_format=memory_format) if last != "input" else w).requires_grad_()
+        theirs = TORCHS[axes](x, w, None, 1, 1, dilation, groups)
+        with pinned(way):
+            ours = OURS[axes](x, w, None, 1, 1, dilation, groups)
+        assert ours.stride() == theirs.stride(), (batch, groups, dilation)
+        dy = torch.randn_like(theirs)
+        (mine,), (right,) = torch.autograd.grad(ours, x, dy), torch.autograd.grad(theirs, x, dy)
+        assert mine.stride() == right.stride(), (batch, groups, dilation)
+
+
 # ---- pins ----------------------------------------------------------------------------------------
 
 
