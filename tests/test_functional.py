@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from adaptconv.errors import AdaptConvError, UnknownBackend, UnknownKnob
 
 OURS: dict[int, Callable[..., Tensor]] = {1: adaptconv.conv1d, 2: adaptconv.conv2d, 3: adaptconv.conv3d}
 TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+ROOT = Path(__file__).resolve().parents[1]
 RING = TapPattern.parse("111/101/111")
 
 X = torch.randn(1, 4, 8, 8)
@@ -368,3 +372,21 @@ def test_threads_convolving_at_once_agree() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+_ENDLESS = """
+import torch, adaptconv
+torch.set_num_threads(2)
+x = torch.randn(2, 4, 3, 55).bfloat16().contiguous(memory_format=torch.channels_last)
+w = torch.randn(4, 1, 3, 17).bfloat16().contiguous(memory_format=torch.channels_last)
+right = torch.conv2d(x.float().contiguous(), w.float().contiguous(), groups=4)
+for way in ("native", "dense", "gather"):
+    with adaptconv.pinned(way):
+        torch.testing.assert_close(adaptconv.conv2d(x, w, groups=4).float(), right, rtol=2e-2, atol=2e-1)
+torch.testing.assert_close(adaptconv.conv2d(x, w, groups=4).float(), right, rtol=2e-2, atol=2e-1)
+"""
+
+
+def test_a_call_on_which_onednn_never_returns_is_answered() -> None:
+    """bfloat16 depthwise in channels_last under a wide kernel: torch 2.13's own call loops forever here."""
+    subprocess.run([sys.executable, "-c", _ENDLESS], check=True, timeout=120, cwd=ROOT)
