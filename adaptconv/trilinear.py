@@ -115,7 +115,7 @@ class _Trilinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         need_a, need_b, need_bias = ctx.needs_input_grad[2:]
-        apply: Callable[..., Tensor] = _Trilinear.apply
+        apply = _apply
         da: Tensor | None
         db: Tensor | None
         plans: Plans = ctx.plans
@@ -135,6 +135,18 @@ class _Trilinear(torch.autograd.Function):
         da = apply(plans, Direction.GRAD_INPUT, b, g, None) if need_a else None
         db = apply(plans, Direction.FORWARD, a, g, None) if need_b else None
         return None, None, da, db, None
+
+
+# Function.apply inspects forward's signature at every call, 15 us of it, to fill in defaults; ours has none.
+_APPLY_BELOW: Callable[..., Tensor] = super(torch.autograd.Function, _Trilinear).apply
+
+
+def _apply(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply the function; under a torch.func transform by the long way, which knows of transforms."""
+    if torch._C._are_functorch_transforms_active():
+        result: Tensor = _Trilinear.apply(plans, direction, a, b, bias)
+        return result
+    return _APPLY_BELOW(plans, direction, a, b, bias)
 
 
 def _both_plain(plans: Plans) -> bool:
@@ -172,8 +184,7 @@ def executor(plans: Plans) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         return native
 
     def differentiable(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = _Trilinear.apply(plans, Direction.FORWARD, x, w, bias)
-        return result
+        return _apply(plans, Direction.FORWARD, x, w, bias)
 
     def inference(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
