@@ -57,12 +57,12 @@ def rewrite(gm: fx.GraphModule) -> list[SiteReport]:
 def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
     reports = []
     taken: set[fx.Node] = set()
-    singles = find_sites(gm)  # before any sum becomes an op of ours
-    sums: list[Site] = []
     try:
+        singles = find_sites(gm)  # before any sum becomes an op of ours
         sums = find_sums(gm)
-    except Exception as error:  # noqa: BLE001 - sums are a bonus: without them each convolution stands alone
-        _warn("looked for sums of convolutions in vain", error)
+    except Exception as error:  # noqa: BLE001 - nothing was changed yet: the graph stays as it is
+        _warn("left a graph as it was", error)
+        return []
     for site in sums:
         report = _guarded(gm, site)
         if report.rewritten:
@@ -72,7 +72,6 @@ def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
         if site.result not in taken and not any(m.node in taken for m in site.members):
             reports.append(_guarded(gm, site))
     if any(report.rewritten for report in reports):
-        gm.graph.lint()
         gm.recompile()
     return reports
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptconv import arguments, trilinear
 from adaptconv.errors import AdaptConvError
@@ -273,8 +274,14 @@ def _mutates_between(gm: fx.GraphModule, order: dict[fx.Node, int], members: Ite
     return any(_mutates(node) and not _is_add(node) for node in between)
 
 
+_CONTEXT = re.compile(r"autocast|grad_enabled|grad_mode|functorch|checkpoint")
+
+
 def _mutates(node: fx.Node) -> bool:
-    if "out" in node.kwargs:
+    """Whether a node changes a tensor, or the mode under which later nodes run; in doubt, yes."""
+    if node.op in ("call_function", "call_method") and not node.users:
+        return True  # it is there for what it does, not for what it returns
+    if "out" in node.kwargs or _CONTEXT.search(str(node.target)):
         return True
     if node.op == "call_method":
         name = str(node.target)
@@ -306,6 +313,8 @@ def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
         out = value(first.node)
     except KeyError:
         return replace(bare, reason="its operands carry no shapes")
+    if not all(type(t) is FakeTensor for t in (x, *weights)):
+        return replace(bare, reason=f"a {type(x).__name__} input or weight is left to torch")
     if x.dim() != first.axes + 2:
         return replace(bare, reason="an unbatched input is left to torch")
     if any(not isinstance(extent, int) for w in weights for extent in w.shape):
