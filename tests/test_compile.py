@@ -164,6 +164,27 @@ def _set_between(x, w, v):
     return y + F.conv1d(x, v, padding=2)
 
 
+def _added_to_between(x, w, v):
+    x = x.clone()
+    y = F.conv1d(x, w, padding=1)
+    x.add_(1)
+    return y + F.conv1d(x, v, padding=2)
+
+
+def _incremented_between(x, w, v):
+    x = x.clone()
+    y = F.conv1d(x, w, padding=1)
+    x += x
+    return y + F.conv1d(x, v, padding=2)
+
+
+def _weight_changed_between(x, w, v):
+    w = w.clone()
+    y = F.conv1d(x, w, padding=1)
+    w.zero_()
+    return y + F.conv1d(x, v, padding=2)
+
+
 def _under_other_modes(x, w, v):
     with torch.no_grad():
         y = F.conv1d(x, w, padding=1)
@@ -210,7 +231,8 @@ def _broadcast(x, w, v):
 @pytest.mark.parametrize(
     "net",
     [
-        _different_inputs, _changed_between, _set_between, _under_other_modes, _under_autocast, _used_elsewhere,
+        _different_inputs, _changed_between, _set_between, _added_to_between, _incremented_between,
+        _weight_changed_between, _under_other_modes, _under_autocast, _used_elsewhere,
         _different_strides, _different_groups, _scaled_add, _with_itself, _subtracted, _broadcast,
     ],
 )  # fmt: skip

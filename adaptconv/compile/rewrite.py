@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from adaptconv import ops, trilinear
 from adaptconv.backends import Config
 from adaptconv.backends.grid import constant
-from adaptconv.compile.sites import Conv, Site, common_window, find_sites, find_sums, value
+from adaptconv.compile.nodes import Conv, value
+from adaptconv.compile.sites import Site, common_window, find_sites, find_sums
 from adaptconv.dispatch import Plan, Source
 from adaptconv.problem import Problem
 from adaptconv.trilinear import Plans

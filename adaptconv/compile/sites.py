@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptconv import arguments, trilinear
-from adaptconv.errors import AdaptConvError
+from adaptconv.compile.nodes import Conv, is_add, mutates, provenance, read_convs, value
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
-
-_CONV_AXES: dict[object, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-_CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_OP_ARGS = ("input", "weight", "bias", "taps", "stride", "padding", "groups", "plan")  # first three as torch's
-_ADDS = (operator.add, operator.iadd, torch.add)
-_STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
-_MODULE_ROOT = re.compile(r"^L\[['\"](self|fn)['\"]\](\.__self__)?(\._orig_mod)?")  # the model itself
-_MODULE_STEP = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]|\.(\w+)")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Conv:
-    """One convolution node, its arguments normalised.
-
-    Attributes:
-        node: the node.
-        taps: where its taps sit.
-        stride, padding, groups: geometry, padding as (before, after) an axis.
-        compact: whether its weight is already ``[C_out, C_in/groups, T]``: it is our own op.
-    """
-
-    node: fx.Node
-    taps: TapPattern
-    stride: tuple[int, ...]
-    padding: Padding
-    groups: int
-    compact: bool
-
-    # Operands are read off the node each time: rewriting one site renames the operands of the next.
-
-    @property
-    def x(self) -> fx.Node:
-        """The input's node."""
-        node: fx.Node = _arguments(self.node, _CONV_ARGS)["input"]
-        return node
-
-    @property
-    def weight(self) -> fx.Node:
-        """The weight's node."""
-        node: fx.Node = _arguments(self.node, _CONV_ARGS)["weight"]
-        return node
-
-    @property
-    def bias(self) -> fx.Node | None:
-        """The bias's node, if there is one."""
-        node: fx.Node | None = _arguments(self.node, _CONV_ARGS).get("bias")
-        return node
-
-    @property
-    def axes(self) -> int:
-        """Spatial axes."""
-        return self.taps.axes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,33 +68,32 @@ class Site:
         return tuple(forward.facing(direction) for forward in forwards for direction in wanted)
 
 
-@dataclass(slots=True)
-class _Found:
-    convs: dict[fx.Node, Conv] = field(default_factory=dict)
-    unread: list[Site] = field(default_factory=list)
-
-
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Every convolution of a graph as a site of its own, in graph order."""
-    found = _read_convs(gm)
+    found = read_convs(gm)
     sites = [_site((conv,), conv.node) for conv in found.convs.values()]
-    return sites + found.unread
+    return sites + [_unread(node, reason) for node, reason in found.unread.items()]
+
+
+def _unread(node: fx.Node, reason: str) -> Site:
+    where, source = provenance(node)
+    return Site((), node, None, (), None, where=where, source=source, reason=reason)
 
 
 def find_sums(gm: fx.GraphModule) -> list[Site]:
     """Maximal sums of convolutions of the same input that are one convolution on the union of their taps."""
-    convs = _read_convs(gm).convs
+    convs = read_convs(gm).convs
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     groups: dict[fx.Node, tuple[Conv, ...]] = {node: (conv,) for node, conv in convs.items()}
     sums: dict[fx.Node, tuple[Conv, ...]] = {}
     for node in gm.graph.nodes:
-        if not _is_add(node):
+        if not is_add(node):
             continue
         left, right = node.args
         if left is right or any(side not in groups or len(side.users) != 1 for side in (left, right)):
             continue
         members = groups[left] + groups[right]
-        if not _mergeable(members) or _mutates_between(gm, order, members, node):
+        if not _mergeable(members) or _mutates_between(gm, order, groups, members, node):
             continue
         groups[node] = members
         for side in (left, right):
@@ -157,70 +101,6 @@ def find_sums(gm: fx.GraphModule) -> list[Site]:
         sums[node] = members
     sites = [_site(members, node) for node, members in sums.items()]
     return [site for site in sites if site.problem is not None]
-
-
-# ---- reading nodes --------------------------------------------------------------------------------
-
-
-def _read_convs(gm: fx.GraphModule) -> _Found:
-    found = _Found()
-    for node in gm.graph.nodes:
-        axes = _CONV_AXES.get(node.target) if node.op == "call_function" else None
-        is_op = node.op == "call_function" and node.target in (
-            torch.ops.adaptconv.conv, torch.ops.adaptconv.conv.default,
-        )  # fmt: skip
-        if axes is None and not is_op:
-            continue
-        try:
-            found.convs[node] = _read_op(node) if axes is None else _read_torch(node, axes)
-        except (AdaptConvError, TypeError, KeyError, AttributeError) as error:
-            where, source = _provenance(node)
-            found.unread.append(
-                Site((), node, None, (), None, where=where, source=source, reason=f"not understood: {error}")
-            )
-    return found
-
-
-def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
-    named = {"x": "input"}  # the op's own name for it
-    return {**dict(zip(names, node.args, strict=False)), **{named.get(k, k): v for k, v in node.kwargs.items()}}
-
-
-def value(node: fx.Node) -> Tensor:
-    """The fake tensor that stands for a node's value.
-
-    Raises:
-        KeyError: the node carries none.
-    """
-    example = node.meta["example_value"]
-    if not isinstance(example, Tensor):
-        raise KeyError("example_value")
-    return example
-
-
-def _read_torch(node: fx.Node, axes: int) -> Conv:
-    a = _arguments(node, _CONV_ARGS)
-    weight = value(a["weight"])
-    size, dilation = arguments.checked_grid(axes, weight, a.get("dilation", 1))
-    taps = TapPattern.grid(size, dilation)
-    stride = arguments.checked_ints(axes, a.get("stride", 1), "stride", least=1)
-    padding = arguments.checked_padding(axes, a.get("padding", 0), taps.window, stride)
-    return Conv(node, taps, stride, padding, a.get("groups", 1), False)
-
-
-def _read_op(node: fx.Node) -> Conv:
-    a = _arguments(node, _OP_ARGS)
-    padding = tuple((a["padding"][i], a["padding"][i + 1]) for i in range(0, len(a["padding"]), 2))
-    taps = TapPattern.parse(a["taps"])
-    return Conv(node, taps, tuple(a["stride"]), padding, a["groups"], True)
-
-
-def _is_add(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("add", "add_") and len(node.args) == 2 and not node.kwargs
-    if node.op != "call_function" or node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
-        return False
-    return all(isinstance(side, fx.Node) for side in node.args)
 
 
 # ---- sums -------------------------------------------------------------------------------------------
@@ -264,37 +144,21 @@ def common_window(members: Sequence[Conv]) -> tuple[TapPattern, Padding, list[li
     return union, tuple(padding), moved
 
 
-def _mutates_between(gm: fx.GraphModule, order: dict[fx.Node, int], members: Iterable[Conv], last: fx.Node) -> bool:
+def _mutates_between(
+    gm: fx.GraphModule,
+    order: Mapping[fx.Node, int],
+    groups: Mapping[fx.Node, tuple[Conv, ...]],
+    members: Iterable[Conv],
+    last: fx.Node,
+) -> bool:
     """Whether anything is changed in place between the first convolution and the sum.
 
-    The merged call reads its operands at the sum, so they must still hold what each member read.
+    The merged call reads its operands at the sum, so they must still hold what each member read. Only the
+    sums found so far may add in place: what they change is a convolution's result that nobody else uses.
     """
     start = min(order[m.node] for m in members)
     between = [node for node in gm.graph.nodes if start < order[node] < order[last]]
-    return any(_mutates(node) and not _is_add(node) for node in between)
-
-
-_CONTEXT = re.compile(r"autocast|grad_enabled|grad_mode|functorch|checkpoint")
-
-
-def _mutates(node: fx.Node) -> bool:
-    """Whether a node changes a tensor, or the mode under which later nodes run; in doubt, yes."""
-    if node.op in ("call_function", "call_method") and not node.users:
-        return True  # it is there for what it does, not for what it returns
-    if "out" in node.kwargs or _CONTEXT.search(str(node.target)):
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return node.op == "call_module"
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    in_place = getattr(operator, name, None) is node.target and name.startswith("i") and name[1:] in dir(operator)
-    called_in_place = name.endswith("_") and not name.endswith("__")
-    assigns = node.target in (operator.setitem, setattr) or node.kwargs.get("inplace") is True
-    return in_place or called_in_place or assigns
+    return any(mutates(node) for node in between if node not in groups)
 
 
 # ---- sites ------------------------------------------------------------------------------------------
@@ -305,7 +169,7 @@ def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
     merged = common_window(members)
     assert merged is not None, "members were checked to share a window"
     taps, padding, _ = merged
-    where, source = _provenance(first.node)
+    where, source = provenance(first.node)
     bare = Site(members, result, taps, padding, None, where=where, source=source)
     try:
         x = value(first.x)
@@ -359,16 +223,3 @@ def _stand_in(x: Tensor, sizes: list[int]) -> Tensor:
     if all(isinstance(extent, int) for extent in x.shape):
         return x
     return torch.empty_strided(sizes, [_hint(step) for step in x.stride()], device="meta")
-
-
-def _provenance(node: fx.Node) -> tuple[str, str]:
-    """(module path, file:line) of a node, as far as dynamo kept them."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    where = ""
-    if stack:
-        path = _MODULE_ROOT.sub("", str(stack[-1][0]))
-        steps = [a or b for a, b in _MODULE_STEP.findall(path)]
-        where = ".".join(step for step in steps if step != "_modules")
-    lines: list[tuple[str, str]] = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
-    own = [pair for pair in lines if "/torch/" not in pair[0] and "/adaptconv/" not in pair[0]] or lines
-    return where, f"{own[-1][0]}:{own[-1][1]}" if own else ""
