@@ -14,15 +14,15 @@ import adaptconv
 from adaptconv import trilinear
 from adaptconv.compile import inductor
 from adaptconv.compile import rewrite as rewriting
-from adaptconv.compile.optimize import NotOptimizable, collect_sites, log_of
+from adaptconv.compile.optimize import NotOptimizable, collect_sites, forget_compiled, log_of
 from adaptconv.problem import Direction
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
-    torch._dynamo.reset()
+    forget_compiled()
     yield
-    torch._dynamo.reset()
+    forget_compiled()
 
 
 @pytest.fixture
@@ -367,6 +367,36 @@ def test_collecting_sites_leaves_the_model_as_it_was():
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert net.training
+
+
+def test_sites_are_found_however_often_one_asks():
+    """Dynamo compiles one piece of code a few times and then gives up: traces must not count."""
+    x = torch.randn(1, 4, 16)
+    found = [len(collect_sites(adaptconv.AdaptiveConv1d(4, 4, 3), (x,))) for _ in range(12)]
+    assert found == [1] * 12
+    net = nn.Sequential(nn.Conv1d(4, 4, 3))
+    assert [len(collect_sites(net, (x,))) for _ in range(12)] == [1] * 12
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_every_one_of_many_instances_is_optimized():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    x = torch.randn(1, 4, 16)
+    with adaptconv.pinned("gather"):
+        for _ in range(12):
+            small = Small()
+            fast = adaptconv.optimize(small)
+            torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-4)
+            assert next(row.backend for row in adaptconv.report(fast).rows) == "gather"
+            del fast
+    assert log_of(adaptconv.optimize(small)).graphs == 1  # compiled once, for all
 
 
 def test_gradients_are_planned_only_where_training_asks():

@@ -9,6 +9,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -20,6 +21,7 @@ from adaptconv.errors import AdaptConvError, ExampleInputsError
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 _OPTIMIZED: weakref.WeakKeyDictionary[Any, SiteLog] = weakref.WeakKeyDictionary()
+_BUILT_ALIKE: dict[Any, SiteLog] = {}  # kept for good: an id that went with its model would be a new one next time
 
 
 class NotOptimizable(AdaptConvError, TypeError):
@@ -53,7 +55,7 @@ def optimize(model: Any = None, **compile_options: Any) -> Any:
         raise NotOptimizable(
             f"adaptconv.optimize takes an nn.Module, a subclass of it or a function, got {type(model).__name__}"
         )
-    log = new_log()
+    log = _log_for(model)
     compiled = torch.compile(model, **_with_log(compile_options, log))
     _OPTIMIZED[compiled] = log
     return compiled
@@ -67,12 +69,30 @@ def _optimize_class(cls: type[nn.Module], compile_options: dict[str, Any]) -> ty
     def initialise(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if self not in _OPTIMIZED:  # a subclass's own __init__ runs through here once
-            log = new_log()
+            log = _log_for(self)
             self.compile(**_with_log(compile_options, log))
             _OPTIMIZED[self] = log
 
     cls.__init__ = initialise  # type: ignore[method-assign]
     return cls
+
+
+def _log_for(model: Any) -> SiteLog:
+    """The log of everything built alike: twins share their log as they share their compiled code.
+
+    The log's id is among the backend's options, and dynamo compiles anew for options it has not seen, a
+    few times for one piece of code and then never again. A log of its own for every instance of a class
+    would leave the ninth uncompiled.
+    """
+    if not isinstance(model, nn.Module):
+        built: Any = getattr(model, "__code__", id(model))
+    else:
+        modules = tuple((name, type(module)) for name, module in model.named_modules())
+        shaped = [(name, p) for name, p in model.named_parameters() if not nn.parameter.is_lazy(p)]
+        built = (modules, tuple((name, tuple(p.shape)) for name, p in shaped))
+    if built not in _BUILT_ALIKE:
+        _BUILT_ALIKE[built] = new_log()
+    return _BUILT_ALIKE[built]
 
 
 def _with_log(compile_options: Mapping[str, Any], log: SiteLog) -> dict[str, Any]:
@@ -96,7 +116,7 @@ def log_of(model: Any) -> SiteLog | None:
 def forget_compiled() -> None:
     """Make every compiled graph compile anew at its next call, with the plans of today's database."""
     torch._dynamo.reset()
-    for log in list(_OPTIMIZED.values()):
+    for log in _BUILT_ALIKE.values():
         log.clear()
 
 
@@ -127,10 +147,29 @@ def collect_sites(
     plain = getattr(plain, "_torchdynamo_orig_callable", plain)
     # A module optimized in place would compile itself inside the trace.
     call = plain.forward if isinstance(plain, nn.Module) else plain
-    with _untouched(plain), torch.set_grad_enabled(train):
+    with _untouched(plain), _forgotten(), torch.set_grad_enabled(train):
         traced = torch.compile(call, backend=keep, dynamic=False)
         traced(*args, **(kwargs or {}))
     return sites
+
+
+@contextmanager
+def _forgotten() -> Iterator[None]:
+    """Make dynamo forget what it compiles inside, however often this code was traced before.
+
+    Otherwise each trace would count against the few times that dynamo compiles one piece of code.
+    """
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    codes: list[CodeType] = []
+    hook = register_bytecode_hook(lambda code, compiled: codes.append(code))
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+            yield
+    finally:
+        hook.remove()
+        for code in codes:
+            torch._dynamo.reset_code(code)  # type: ignore[attr-defined]
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from adaptconv import ops, trilinear
-from adaptconv.backends import Config
+from adaptconv.backends import Config, backend_named
 from adaptconv.backends.grid import constant
 from adaptconv.compile.nodes import Conv, value
 from adaptconv.compile.sites import Site, common_window, find_sites, find_sums
-from adaptconv.dispatch import Plan, Source
+from adaptconv.dispatch import COST_GAIN, Source, decisions
 from adaptconv.problem import Problem
 from adaptconv.trilinear import Plans
 
@@ -100,7 +100,8 @@ def judge(site: Site) -> SiteReport:
         return _report(site, False, "the sum as written is as fast as any single call known", plans)
     if plans.plain:
         return _report(site, False, "native is the plan", plans)
-    if is_opaque(site, plans) and not _pays_for_op(plans):
+    ours = len(site.members) == 1 and site.members[0].compact  # an op already: there is no graph to stay in
+    if is_opaque(site, plans) and not ours and not _pays_for_op(plans):
         return _report(site, False, f"gains less than the {_OPAQUE_US:.0f} us an op of its own costs", plans)
     return _report(site, True, "", plans)
 
@@ -163,13 +164,20 @@ def _settle_op(site: Site, plans: Plans) -> None:
 
 
 def _sum_pays(plans: Plans) -> bool:
-    """Whether one call beats the sum as written; adding up grids natively *is* the sum as written."""
+    """Whether one call beats the sum as written; adding up grids natively *is* the sum as written.
+
+    A record says so outright: what it was measured against includes that sum. A prediction must be clear.
+    """
     needed = [p for p in (plans.forward, plans.grad_input, plans.grad_weight) if p is not None]
-    return any(p.choice.backend != "dual" for p in needed) and all(_sum_no_worse(p) for p in needed)
-
-
-def _sum_no_worse(plan: Plan) -> bool:
-    return plan.source is not Source.FALLBACK
+    guessed = [p for p in needed if p.source not in (Source.RECORD, Source.PINNED)]
+    if all(p.choice.backend == "dual" for p in needed) or any(p.source is Source.FALLBACK for p in needed):
+        return False
+    pairs = [(answer, p) for p in guessed for answer in decisions(p.problem) if answer.backend == "dual"]
+    if any(answer.predicted_us is None for answer, _ in pairs):
+        return False
+    as_written = sum(answer.predicted_us or 0.0 for answer, _ in pairs)
+    as_planned = sum(backend_named(p.choice.backend).cost(p.problem, p.choice.config) for _, p in pairs)
+    return as_written >= COST_GAIN * as_planned
 
 
 def _report(site: Site, rewritten: bool, reason: str, plans: Plans | None) -> SiteReport:
