@@ -122,8 +122,7 @@ def convolution(
     """The dispatched convolution behind ``conv1d``, ``conv2d`` and ``conv3d``."""
     taps: TapPattern | None = None
     if isinstance(weight, Kernel):
-        kernel = weight.spread()
-        weight, taps = kernel.weight, kernel.taps
+        taps, weight = weight.taps, weight.weight
     if torch.compiler.is_dynamo_compiling():
         return traced(axes, input, weight, bias, stride, padding, dilation, groups, taps)
     if _autocast() and isinstance(input, Tensor):

@@ -1,8 +1,7 @@
-"""Kernel: compact weights on a tap pattern, with an optional footprint that spreads every tap."""
+"""Kernel: compact weights on a tap pattern."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,8 +11,6 @@ from torch import Tensor
 from adaptconv.errors import ConvArgumentError, ConvTypeError
 from adaptconv.taps import TapPattern
 
-Footprint = tuple[tuple[float, ...], ...]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
@@ -21,19 +18,15 @@ class Kernel:
 
     Attributes:
         weight: ``[C_out, C_in / groups, T]``, one column a tap in the order of ``taps.offsets``.
-        taps: where the T taps sit.
-        footprint: None, or one small fixed filter an axis; every tap is spread by their outer
-            product, and the window grows by the filter's length less one.
+        taps: where the T taps sit, and by what footprint each is spread.
 
     Raises:
-        ConvArgumentError: the weight's last axis does not match the taps, or the footprint's rank
-            does not match the window.
+        ConvArgumentError: the weight's last axis does not match the taps.
         ConvTypeError: the weight is no tensor, or the taps are no pattern.
     """
 
     weight: Tensor
     taps: TapPattern
-    footprint: Footprint | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Tensor):
@@ -47,20 +40,16 @@ class Kernel:
                 f"a Kernel's weight is [C_out, C_in/groups, T] with T = {len(self.taps)} taps, "
                 f"got shape {tuple(self.weight.shape)}"
             )
-        if self.footprint is not None and len(self.footprint) != self.taps.axes:
-            raise ConvArgumentError(
-                f"a footprint has one filter an axis: expected {self.taps.axes}, got {len(self.footprint)}"
-            )
-        if self.footprint is not None and not all(self.footprint):
-            raise ConvArgumentError(f"a footprint's filters have at least one value each, got {self.footprint!r}")
 
     @staticmethod
     def from_dense(weight: Tensor, taps: TapPattern) -> Kernel:
         """Keep the taps of a dense weight ``[C_out, C_in/groups, *window]``; the rest is dropped.
 
         Raises:
-            ConvArgumentError: the weight's window is not the pattern's.
+            ConvArgumentError: the weight's window is not the pattern's, or its taps are spread.
         """
+        if taps.footprint is not None:
+            raise ConvArgumentError("a dense weight's taps cannot be told apart once they are spread by a footprint")
         if tuple(weight.shape[2:]) != taps.window:
             raise ConvArgumentError(f"weight window {tuple(weight.shape[2:])} is not the taps' window {taps.window}")
         return Kernel(weight.flatten(2).index_select(2, _positions(taps, weight.device)), taps)
@@ -74,22 +63,19 @@ class Kernel:
 
     def spread(self) -> Kernel:
         """The same function without a footprint: its taps and weights written out."""
-        if self.footprint is None:
+        if self.taps.footprint is None:
             return self
-        window = tuple(w + len(f) - 1 for w, f in zip(self.taps.window, self.footprint, strict=True))
-        sums: dict[tuple[int, ...], list[tuple[int, float]]] = {}
-        for t, offset in enumerate(self.taps.offsets):
-            for step in itertools.product(*(range(len(f)) for f in self.footprint)):
-                value = 1.0
-                for axis_filter, i in zip(self.footprint, step, strict=True):
-                    value *= axis_filter[i]
-                sums.setdefault(tuple(o + i for o, i in zip(offset, step, strict=True)), []).append((t, value))
-        taps = TapPattern(tuple(sums), window)
-        matrix = torch.zeros(len(self.taps), len(taps), dtype=torch.float64)
-        for column, offset in enumerate(taps.offsets):
-            for t, value in sums[offset]:
-                matrix[t, column] += value
-        return Kernel(self.weight @ matrix.to(self.weight), taps)
+        plain, _ = self.taps.spread()
+        return Kernel(self.weight @ spreading(self.taps).to(self.weight), plain)
+
+
+def spreading(taps: TapPattern) -> Tensor:
+    """The linear map from a pattern's own weights to those of its plain taps, float64 ``[T, T_plain]``."""
+    plain, entries = taps.spread()
+    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
+    matrix = torch.zeros(len(taps), len(plain), dtype=torch.float64)
+    matrix[list(rows), list(columns)] = torch.tensor(values, dtype=torch.float64)
+    return matrix
 
 
 def _positions(taps: TapPattern, device: torch.device) -> Tensor:

@@ -1,9 +1,10 @@
-"""AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d: torch.nn's convolutions, dispatched, with taps anywhere."""
+"""AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d: torch.nn's convolutions, dispatched, with kernels of any family."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,70 +14,171 @@ from adaptconv import ops
 from adaptconv.errors import ConvArgumentError
 from adaptconv.functional import Call, prepared, traced
 from adaptconv.kernel import Kernel
+from adaptconv.kernels.base import Family, Slot
+from adaptconv.kernels.cache import Constructed
+from adaptconv.kernels.grid import FixedTaps, Grid
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans
 
-Taps = TapPattern | str | Sequence[Any] | Tensor
-
-
-def as_taps(taps: Taps, axes: int) -> TapPattern:
-    """A tap pattern from what users write: a ``TapPattern``, its text, or a mask.
-
-    Raises:
-        ConvArgumentError: it cannot be read, or has another number of axes.
-    """
-    if isinstance(taps, str):
-        taps = TapPattern.parse(taps)
-    elif not isinstance(taps, TapPattern):
-        taps = TapPattern.from_mask(taps)
-    if taps.axes != axes:
-        raise ConvArgumentError(f"AdaptiveConv{axes}d needs taps with {axes} axes, got a window {taps.window}")
-    if not len(taps):
-        raise ConvArgumentError("a layer needs at least one tap; this pattern has none")
-    return taps
+_Self = TypeVar("_Self", bound="_Adaptive")
 
 
 class _Adaptive(nn.modules.conv._ConvNd):
-    """What the three share. With ``taps`` the weight is compact, ``[C_out, C_in/groups, T]``."""
+    """What the three share.
+
+    A grid is torch's own layer: ``_family`` is then None and the weight ``[C_out, C_in/groups, *size]``. Any
+    other family says which tensors the layer keeps, and how they become weights on ``taps``.
+    """
 
     _axes: int
-    taps: TapPattern | None
+    _family: Family | None = None
+    _slots: tuple[str, ...] = ("weight",)
+    taps: TapPattern | None = None
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Any = None, stride: Any = 1, padding: Any = 0,
         dilation: Any = 1, groups: int = 1, bias: bool = True, padding_mode: Any = "zeros", device: Any = None,
-        dtype: Any = None, *, taps: Taps | None = None,
+        dtype: Any = None, *, taps: Any = None,
     ) -> None:  # fmt: skip
         name = type(self).__name__
         if (taps is None) == (kernel_size is None):
-            raise ConvArgumentError(f"{name} needs either a kernel_size or taps=, and not both")
-        pattern = None if taps is None else as_taps(taps, self._axes)
-        if pattern is not None:
+            raise ConvArgumentError(f"{name} needs either a kernel_size (or a kernel family) or taps=, and not both")
+        family = kernel_size if isinstance(kernel_size, Family) else None if taps is None else FixedTaps.of(taps)
+        if family is not None:
+            family = family.bound(self._axes)
             if dilation != 1 and tuple(dilation if isinstance(dilation, (tuple, list)) else ()) != (1,) * self._axes:
                 raise ConvArgumentError(
                     f"{name}: taps already say where they sit; leave dilation at 1, got {dilation!r}"
                 )
-            kernel_size = pattern.window
-        # The next class in line is torch's Conv1d, Conv2d or Conv3d.
+        if isinstance(family, Grid):
+            kernel_size, dilation, family = family.size, family.dilation, None
+        # The next class in line is torch's Conv1d, Conv2d or Conv3d. A family's tensors are made below: torch's
+        # own, one value for each position of the window, is then never allocated.
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,  # type: ignore[arg-type]
-            device, dtype,
+            in_channels, out_channels, kernel_size if family is None else family.taps.window, stride, padding, dilation,
+            groups, bias, padding_mode, device if family is None else "meta", dtype,
         )  # fmt: skip
-        self.taps = pattern
-        if pattern is not None:  # a compact weight, initialised as torch would a kernel of T taps
-            shape = (out_channels, in_channels // groups, len(pattern))
-            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.reset_parameters()
+        if family is not None:
+            if bias:
+                self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+            self._adopt(family, device=device, dtype=dtype)
+
+    # ---- the kernel ---------------------------------------------------------------------------
+
+    def _adopt(self, family: Family, **where: Any) -> None:
+        """Take on a bound family: make its tensors and initialise them."""
+        slots = family.slots(self.out_channels, self.in_channels // self.groups)
+        self._take(family, {slot.name: torch.empty(slot.shape, **{**where, **_own_dtype(slot)}) for slot in slots})
+        self.reset_parameters()
+
+    def _take(self, family: Family, tensors: Mapping[str, Tensor | None]) -> None:
+        """Hold these tensors in a bound family's slots."""
+        slots = family.slots(self.out_channels, self.in_channels // self.groups)
+        self._family, self.taps, self._slots = family, family.taps, tuple(slot.name for slot in slots)
+        self.kernel_size = self.taps.window
+        self.__dict__.pop("_constructed", None)
+        self.__dict__.pop("_last_call", None)
+        for slot in slots:
+            tensor = tensors[slot.name]
+            if slot.learnable:
+                parameter = tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+                self.register_parameter(slot.name, parameter)
+            else:
+                self.register_buffer(slot.name, tensor)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._slots}
+
+    @property
+    def family(self) -> Family:
+        """The family of the layer's kernel. Assigning one of the same tensors (say, another version) changes it."""
+        return self._family or Grid(self.kernel_size, self.dilation)
+
+    @family.setter
+    def family(self, family: Family) -> None:
+        family = family.bound(self._axes)
+        wanted = {s.name: s.shape for s in family.slots(self.out_channels, self.in_channels // self.groups)}
+        held = {name: tuple(getattr(self, name).shape) for name in wanted if hasattr(self, name)}
+        if held != wanted or isinstance(family, Grid) != (self._family is None):
+            raise ConvArgumentError(
+                f"{family!r} needs tensors {wanted}; this layer holds {held}: make a new layer for it"
+            )
+        if isinstance(family, Grid):
+            self.dilation = family.bound(self._axes).dilation  # type: ignore[assignment]
+            return
+        self._take(family, {name: getattr(self, name) for name in wanted})
 
     @property
     def kernel(self) -> Kernel:
-        """The layer's kernel as weights on taps."""
-        pattern = self.taps or TapPattern.grid(self.kernel_size, self.dilation)
-        return Kernel(self.weight.flatten(2), pattern)
+        """The layer's kernel as weights on taps, differentiable."""
+        if self._family is None:
+            return Kernel(self.weight.flatten(2), TapPattern.grid(self.kernel_size, self.dilation))
+        with _full_precision(self.weight.device):
+            return self._family.kernel(*self._tensors().values())
+
+    def _weight(self, family: Family) -> Tensor:
+        """The weight of a call: the parameter itself, or what the family makes of its tensors."""
+        if family.identity:
+            return self.weight
+        tensors = [getattr(self, name) for name in self._slots]
+        if family.constructed and not torch.compiler.is_compiling():
+            kept = self.__dict__.get("_constructed")
+            if kept is not None and kept.still(family, tensors):
+                return kept.weight  # type: ignore[no-any-return]
+        with _full_precision(tensors[0].device):
+            weight = family.compact(*tensors)
+        if family.constructed and not torch.compiler.is_compiling():
+            self.__dict__["_constructed"] = Constructed.of(family, tensors, weight)
+        return weight
+
+    def reset_parameters(self) -> None:
+        """Initialise as torch would a kernel of as many taps, or as the family does."""
+        family = getattr(self, "_family", None)
+        if family is None:
+            super().reset_parameters()
+            return
+        tensors = self._tensors()
+        if any(tensor.is_meta for tensor in tensors.values()):
+            return
+        with torch.no_grad():
+            family.reset(tensors)
+            if self.bias is not None:
+                bound = max(family.fan_in(self.in_channels // self.groups), 1) ** -0.5
+                nn.init.uniform_(self.bias, -bound, bound)
+
+    def clamp_parameters(self) -> None:
+        """Bring learned parameters back into their range, in place: call it after each optimizer step.
+
+        Positions of learnable spacings are the ones with a range; for other families there is nothing to do.
+        """
+        if self._family is not None:
+            with torch.no_grad():
+                self._family.clamp(self._tensors())
+
+    def freeze(self: _Self, **how: Any) -> _Self:
+        """Make the kernel as it stands a static pattern of taps, in place, so that sparse backends apply.
+
+        The layer then holds one compact weight on the taps that are not zero in every channel.
+
+        Args:
+            how: ways the family knows, e.g. ``positions="nearest"`` of learnable spacings.
+
+        Raises:
+            ConvArgumentError: no tap is left, or an unknown way.
+        """
+        with torch.no_grad():
+            kernel = self.family.frozen(*self._tensors().values(), **how)
+        for name in self._slots:
+            delattr(self, name)
+        self.dilation = (1,) * self._axes
+        self._take(FixedTaps(kernel.taps), {"weight": kernel.weight.detach().to(memory_format=torch.contiguous_format)})
+        return self
+
+    # ---- the call -----------------------------------------------------------------------------
 
     @property
     def plans(self) -> Plans | None:
-        """The plans of the last eager call; None before the first."""
+        """The plans of the last eager call; None before the first, and where a family computes in steps."""
         call: Call | None = self.__dict__.get("_last_call")
         return None if call is None else call.plans
 
@@ -88,15 +190,19 @@ class _Adaptive(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input [N, C_in, *spatial]`` or ``[C_in, *spatial]``."""
+        family = self._family
+        if family is not None and family.factorised:
+            input, padding = self._padded(input)
+            tensors = [getattr(self, name) for name in self._slots]
+            return family.convolve(input, self.bias, tensors, self.stride, padding, self.groups)
+        weight, bias = self.weight if family is None else self._weight(family), self.bias
         if torch.compiler.is_dynamo_compiling():
             input, padding = self._padded(input)
             return traced(
-                self._axes, input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.taps
+                self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps
             )  # fmt: skip
         if torch._C._is_any_autocast_enabled():
-            input, weight, bias = ops.autocasted(input, self.weight, self.bias)
-        else:
-            weight, bias = self.weight, self.bias
+            input, weight, bias = ops.autocasted(input, weight, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = self._padded(input)
@@ -106,13 +212,31 @@ class _Adaptive(nn.modules.conv._ConvNd):
         self.__dict__["_last_call"] = call  # for the report: past nn.Module's slow __setattr__
         return call.run(input, weight, bias)
 
+    # ---- checkpoints, copies, words -----------------------------------------------------------
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Torch's, with the family's word on what came."""
+        family = self._family
+        if family is not None:
+            own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            error_msgs += [f"{prefix.rstrip('.') or type(self).__name__}: {m}" for m in family.check_state(own)]
+        args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if family is not None and not error_msgs:
+            with torch.no_grad():
+                family.settle(self._tensors())
+
     def extra_repr(self) -> str:
-        """Torch's, with the taps where there are any."""
-        if self.taps is None:
+        """Torch's, with the family where it is no grid."""
+        if self._family is None:
             return str(super().extra_repr())
-        parts = [f"{self.in_channels}, {self.out_channels}, taps={str(self.taps)!r}", f"stride={self.stride}"]
+        kernel = f"taps={str(self.taps)!r}" if isinstance(self._family, FixedTaps) else repr(self._family)
+        parts = [f"{self.in_channels}, {self.out_channels}, {kernel}", f"stride={self.stride}"]
         if self.padding != (0,) * self._axes:
-            parts.append(f"padding={self.padding}")
+            parts.append(f"padding={self.padding!r}")
         if self.groups != 1:
             parts.append(f"groups={self.groups}")
         if self.bias is None:
@@ -124,8 +248,20 @@ class _Adaptive(nn.modules.conv._ConvNd):
     def __getstate__(self) -> dict[str, Any]:
         """Prepared calls hold closures: they stay behind on pickling and copying."""
         state = dict(super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__)
-        state.pop("_last_call", None)
+        for name in ("_last_call", "_constructed"):
+            state.pop(name, None)
         return state
+
+
+def _own_dtype(slot: Slot) -> dict[str, Any]:
+    return {} if slot.dtype is None else {"dtype": slot.dtype}
+
+
+def _full_precision(device: torch.device) -> Any:
+    """Kernels are made in the precision of their parameters: autocast narrows the result, not the making."""
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 _DOC = """{axes}-D convolution with ``torch.nn.Conv{axes}d``'s signature, state_dict and initialisation, dispatched.
@@ -133,10 +269,12 @@ _DOC = """{axes}-D convolution with ``torch.nn.Conv{axes}d``'s signature, state_
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        kernel_size: taps of a regular grid; leave out when ``taps`` is given.
+        kernel_size: taps of a regular grid, or a kernel family (``adaptconv.kernels``); leave out when
+            ``taps`` is given.
         taps: where the taps sit instead: a ``TapPattern``, its text (``"10101/00100"``), or a mask. The
             parameter ``weight`` is then compact, ``[C_out, C_in/groups, T]``.
-        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in torch.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in torch; dilation stays 1
+            where a family or taps say where the taps sit.
 
     Input ``[N, C_in, {spatial}]`` or ``[C_in, {spatial}]``; output as torch's.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,11 +17,29 @@ def reference(problem: Problem, a: Tensor, b: Tensor, bias: Tensor | None = None
     Operands and result as in ``Backend.run``, whatever the dtype of ``a`` and ``b``; returned in float64.
     """
     a, b = a.detach().double(), b.detach().double()
+    if problem.taps.footprint is not None:
+        return _spread_reference(problem, a, b, bias)
     if problem.direction is Direction.FORWARD:
         return _forward(problem, a, b, None if bias is None else bias.detach().double())
     if problem.direction is Direction.GRAD_INPUT:
         return _grad_input(problem, a, b)
     return _grad_weight(problem, a, b)
+
+
+def _spread_reference(problem: Problem, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Spread taps written out as plain ones, each with the sum of its shares."""
+    plain, entries = problem.taps.spread()
+    flat = replace(problem, taps=plain)
+    if problem.direction is Direction.GRAD_WEIGHT:
+        wide = reference(flat, a, b)
+        dw = wide.new_zeros(problem.weight_shape)
+        for own, place, value in entries:
+            dw[..., own] += value * wide[..., place]
+        return dw
+    weight = b.new_zeros(flat.weight_shape)
+    for own, place, value in entries:
+        weight[..., place] += value * b[..., own]
+    return reference(flat, a, weight, bias)
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:

@@ -15,27 +15,30 @@ from typing import Any
 
 from adaptconv.errors import ConvArgumentError
 from adaptconv.grids import Grid, Offset, cover, single_grid
-
-MAX_AXES = 3
+from adaptconv.tap_text import MAX_AXES, Footprint, read_footprint, read_grid, read_mask, written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TapPattern:
-    """A set of taps in a window.
+    """A set of taps in a window, each maybe spread by one small fixed filter.
 
     Attributes:
-        offsets: unique, sorted integer tuples, each inside ``window``.
-        window: dense extent along each axis (1 to 3 axes), so that padding means what torch means.
+        offsets: unique, sorted integer tuples, each inside ``window``: where a tap sits, or where the
+            first value of its footprint does.
+        window: dense extent along each axis (1 to 3 axes), footprints included, so that padding means
+            what torch means.
+        footprint: None, or one filter an axis; every tap is spread by their outer product.
         text: canonical text: equal patterns have equal text, and ``parse`` reads it back. A plain
             attribute, so that a tracer finds a constant.
 
     Raises:
         ConvArgumentError: an offset outside the window, repeated, or of the wrong rank; a window
-            that is empty or has no or more than three axes.
+            that is empty or has no or more than three axes; a footprint of another rank, or empty.
     """
 
     offsets: tuple[Offset, ...]
     window: Offset
+    footprint: Footprint | None = None
     text: str = field(init=False, repr=False, default="")
     _hash: int = field(init=False, repr=False, default=0)
 
@@ -45,23 +48,26 @@ class TapPattern:
             raise ConvArgumentError(
                 f"a tap window needs 1 to {MAX_AXES} axes of at least one position each, got {self.window!r}"
             )
+        footprint = _checked_footprint(self.footprint, window)
         offsets = tuple(sorted(tuple(int(i) for i in offset) for offset in self.offsets))
+        room = _shrunk(window, footprint)
         for offset in offsets:
             if len(offset) != len(window):
                 raise ConvArgumentError(
                     f"tap {offset} has {len(offset)} coordinates but the window {window} has {len(window)} axes"
                 )
-            if not all(0 <= i < extent for i, extent in zip(offset, window, strict=True)):
+            if not all(0 <= i < extent for i, extent in zip(offset, room, strict=True)):
                 raise ConvArgumentError(
-                    f"tap {offset} lies outside its window {window}: coordinates must be in [0, extent)"
+                    f"tap {offset} lies outside its window {room}: coordinates must be in [0, extent)"
                 )
         if len(set(offsets)) != len(offsets):
             repeated = next(a for a, b in itertools.pairwise(offsets) if a == b)
             raise ConvArgumentError(f"tap {repeated} appears more than once; taps must be unique")
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "window", window)
-        object.__setattr__(self, "_hash", hash((offsets, window)))
-        object.__setattr__(self, "text", _text(self))
+        object.__setattr__(self, "footprint", footprint)
+        object.__setattr__(self, "_hash", hash((offsets, window, footprint)))
+        object.__setattr__(self, "text", written(offsets, window, footprint))
 
     def __hash__(self) -> int:
         return self._hash
@@ -71,7 +77,9 @@ class TapPattern:
             return True
         if not isinstance(other, TapPattern):
             return NotImplemented
-        return self._hash == other._hash and self.window == other.window and self.offsets == other.offsets
+        return self._hash == other._hash and (self.window, self.footprint, self.offsets) == (
+            other.window, other.footprint, other.offsets
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -156,10 +164,10 @@ class TapPattern:
     def parse(text: str) -> TapPattern:
         """Read a pattern from text: the inverse of ``str(pattern)``.
 
-        Two forms: a grid, ``"3x3"`` or ``"3x3d2x2"``; or a mask of 0 and 1, rows joined by ``/`` and
-        planes by ``//``, e.g. ``"101010101111101010101"`` or ``"010/111/010"``; a 2-D mask of one row
-        ends in ``/``, a 3-D mask of one plane in ``//``. A lone run of 0 and 1 is always a mask: write
-        a 1-D grid of ten taps as ``"10d1"``.
+        Two forms: a grid, ``"3x3"`` or ``"3x3d2x2"``; or a mask of 0 and 1, rows joined by ``/`` and planes by
+        ``//``, e.g. ``"101010101111101010101"`` or ``"010/111/010"``; a 2-D mask of one row ends in ``/``, a 3-D
+        mask of one plane in ``//``. A lone run of 0 and 1 is always a mask: write a 1-D grid of ten taps as
+        ``"10d1"``. Either may be followed by a footprint, one filter an axis: ``"3x3d2x2*0.5,1,0.5x0.5,1,0.5"``.
         """
         return _parse(text.strip())
 
@@ -179,23 +187,56 @@ class TapPattern:
         """Taps of either pattern, the smaller window centred in the larger.
 
         Raises:
-            ConvArgumentError: different ranks, or windows whose centres do not align.
+            ConvArgumentError: different ranks or footprints, or windows whose centres do not align.
         """
+        if self.footprint != other.footprint:
+            raise ConvArgumentError("the union of two patterns needs one footprint: spread them to plain taps first")
         window, (mine, theirs) = aligned(self, other)
-        return TapPattern(tuple(set(mine) | set(theirs)), window)
+        return TapPattern(tuple(set(mine) | set(theirs)), window, self.footprint)
 
     def flipped(self) -> TapPattern:
         """The pattern mirrored along every axis: the taps of the input gradient at stride 1."""
+        room = _shrunk(self.window, self.footprint)
+        footprint = None if self.footprint is None else tuple(values[::-1] for values in self.footprint)
         return TapPattern(
-            tuple(tuple(w - 1 - i for i, w in zip(o, self.window, strict=True)) for o in self.offsets), self.window
+            tuple(tuple(w - 1 - i for i, w in zip(o, room, strict=True)) for o in self.offsets), self.window, footprint
         )
+
+    @property
+    def core(self) -> TapPattern:
+        """The taps before they are spread: the same offsets, in a window smaller by the footprint."""
+        return self if self.footprint is None else TapPattern(self.offsets, _shrunk(self.window, self.footprint))
+
+    def spread_by(self, footprint: Sequence[Sequence[float]]) -> TapPattern:
+        """Spread every tap by one filter an axis; the window grows by a filter's length less one.
+
+        Raises:
+            ConvArgumentError: filters of another rank, empty or not finite; a pattern that has a footprint.
+        """
+        if self.footprint is not None:
+            raise ConvArgumentError("this pattern already has a footprint: convolve the two filters instead")
+        if len(footprint) != self.axes or not all(footprint):
+            raise ConvArgumentError(
+                f"a footprint has one filter an axis, of at least one value: expected {self.axes}, got {footprint!r}"
+            )
+        window = tuple(w + len(values) - 1 for w, values in zip(self.window, footprint, strict=True))
+        return TapPattern(self.offsets, window, tuple(map(tuple, footprint)))
+
+    def spread(self) -> tuple[TapPattern, tuple[tuple[int, int, float], ...]]:
+        """The plain pattern that the footprint makes of this one, and the linear map between their weights.
+
+        Returns:
+            Plain taps, and entries ``(own tap, plain tap, value)``: a plain tap's weight is the sum of
+            its entries' own weights times their values.
+        """
+        return _spread(self)
 
     def is_dense(self) -> bool:
         """Whether every position of the window is a tap."""
-        return len(self.offsets) == self.window_taps
+        return self.footprint is None and len(self.offsets) == self.window_taps
 
     def single_grid(self) -> Grid | None:
-        """The pattern as one regular grid, or None. The window may extend past the grid."""
+        """The pattern as one regular grid, or None (a spread one never is). The window may extend past the grid."""
         return _single_grid(self)
 
     def grids(self, limit: int = 8) -> tuple[Grid, ...] | None:
@@ -203,7 +244,7 @@ class TapPattern:
 
         Returns:
             The grids, every tap owned by exactly one of them; None if more than ``limit`` would be
-            needed. No grid touches a position that is not a tap.
+            needed, or the taps are spread. No grid touches a position that is not a tap.
         """
         return _cover(self, limit)
 
@@ -218,18 +259,21 @@ class TapPattern:
             stride: output step an axis.
         """
         alive: list[list[bool]] = []
-        for extent, window, (before, after), step in zip(spatial, self.window, padding, stride, strict=True):
+        lengths = [1] * self.axes if self.footprint is None else [len(values) for values in self.footprint]
+        for extent, window, (before, after), step, length in zip(
+            spatial, self.window, padding, stride, lengths, strict=True
+        ):
             outputs = (extent + before + after - window) // step + 1
             row = []
             for i in range(window):
                 first = max(0, -((i - before) // step))  # first output at or right of the input's edge
                 row.append(first < outputs and first * step + i - before < extent)
-            alive.append(row)
+            alive.append([any(row[i : i + length]) for i in range(window - length + 1)])
         return tuple(t for t, offset in enumerate(self.offsets) if all(alive[axis][i] for axis, i in enumerate(offset)))
 
     def subset(self, indices: Iterable[int]) -> TapPattern:
         """The taps with these indices, in the same window."""
-        return TapPattern(tuple(self.offsets[i] for i in indices), self.window)
+        return TapPattern(tuple(self.offsets[i] for i in indices), self.window, self.footprint)
 
     def __str__(self) -> str:
         return self.text
@@ -270,49 +314,56 @@ def _grid(size: Offset, dilation: Offset) -> TapPattern:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> TapPattern:
+    text, star, footprint = text.partition("*")
     if text and set(text) <= {"0", "1", "/"}:
-        planes = [[[int(c) for c in row] for row in plane.split("/")] for plane in text.rstrip("/").split("//")]
-        if "//" in text:
-            return TapPattern.from_mask(planes)
-        return TapPattern.from_mask(planes[0] if "/" in text else planes[0][0])
-    size_text, _, dilation_text = text.partition("d")
-    try:
-        size = tuple(int(part) for part in size_text.split("x"))
-        dilation = tuple(int(part) for part in dilation_text.split("x")) if dilation_text else (1,) * len(size)
-    except ValueError:
+        planes = read_mask(text)
+        mask: Any = planes if "//" in text else planes[0] if "/" in text else planes[0][0]
+        pattern = TapPattern.from_mask(mask)
+    else:
+        pattern = TapPattern.grid(*read_grid(text))
+    return pattern.spread_by(read_footprint(footprint, pattern.axes)) if star else pattern
+
+
+def _checked_footprint(footprint: Footprint | None, window: Offset) -> Footprint | None:
+    if footprint is None:
+        return None
+    if len(footprint) != len(window) or not all(footprint):
         raise ConvArgumentError(
-            f"cannot read tap pattern {text!r}: expected a mask such as '10101/11111' or a grid such as '3x3d2x2'"
-        ) from None
-    return TapPattern.grid(size, dilation)
+            f"a footprint has one filter an axis, of at least one value: expected {len(window)}, got {footprint!r}"
+        )
+    filters = tuple(tuple(float(value) for value in values) for values in footprint)
+    if not all(math.isfinite(value) for values in filters for value in values):
+        raise ConvArgumentError(f"a footprint's values must be finite, got {footprint!r}")
+    return None if all(values == (1.0,) for values in filters) else filters
 
 
-def _text(pattern: TapPattern) -> str:
-    grid = _single_grid(pattern)
-    if grid is not None and grid.extent == pattern.window:
-        text = "x".join(map(str, grid.size))
-        if any(d != 1 for d in grid.dilation) or set(text) <= {"0", "1"}:
-            text += "d" + "x".join(map(str, grid.dilation))
-        return text
-    taps = set(pattern.offsets)
-    axes = pattern.axes
-    padded = (1,) * (MAX_AXES - axes) + pattern.window
-    planes = []
-    for z in range(padded[0]):
-        rows = []
-        for y in range(padded[1]):
-            rows.append("".join("1" if (z, y, x)[MAX_AXES - axes :] in taps else "0" for x in range(padded[2])))
-        planes.append("/".join(rows))
-    text = "//".join(planes)
-    # A mask with a single row or plane says its rank by a trailing separator.
-    separator = {1: "", 2: "/", 3: "//"}[axes]
-    return text if separator in text else text + separator
+def _shrunk(window: Offset, footprint: Footprint | None) -> Offset:
+    """The window of the taps before they are spread."""
+    if footprint is None:
+        return window
+    return tuple(extent - len(values) + 1 for extent, values in zip(window, footprint, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _spread(pattern: TapPattern) -> tuple[TapPattern, tuple[tuple[int, int, float], ...]]:
+    filters = pattern.footprint or ((1.0,),) * pattern.axes
+    sums: dict[Offset, dict[int, float]] = {}
+    for t, offset in enumerate(pattern.offsets):
+        for step in itertools.product(*(range(len(values)) for values in filters)):
+            value = math.prod(values[i] for values, i in zip(filters, step, strict=True))
+            place = tuple(o + i for o, i in zip(offset, step, strict=True))
+            own = sums.setdefault(place, {})
+            own[t] = own.get(t, 0.0) + value
+    plain = TapPattern(tuple(sums), pattern.window)
+    entries = [(t, i, value) for i, place in enumerate(plain.offsets) for t, value in sums[place].items()]
+    return plain, tuple(sorted(entries))
 
 
 @lru_cache(maxsize=4096)
 def _single_grid(pattern: TapPattern) -> Grid | None:
-    return single_grid(pattern.offsets)
+    return None if pattern.footprint is not None else single_grid(pattern.offsets)
 
 
 @lru_cache(maxsize=1024)
 def _cover(pattern: TapPattern, limit: int) -> tuple[Grid, ...] | None:
-    return cover(pattern.offsets, limit)
+    return None if pattern.footprint is not None else cover(pattern.offsets, limit)

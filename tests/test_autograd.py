@@ -25,11 +25,13 @@ SMALL = (
     case("2d", "2x2d1x2", (3, 4), channels=(2, 4), groups=2, batch=2, pad=1, bias=True),
     case("2d-strided", "2x3", (5, 4), channels=(2, 2), batch=1, stride=(2, 1), pad=((0, 1), (1, 1))),
     case("2d-ring", "111/101/111", (4, 3), channels=(2, 2), groups=2, batch=1, pad=1, bias=True),
+    case("2d-spread", "2x2d2x1*0.5,1,0.5x1,-0.5", (5, 4), channels=(2, 2), batch=1, pad=((3, 1), (1, 0)), bias=True),
     case("3d", "2x1x2", (2, 2, 3), channels=(1, 2), batch=1, pad=(1, 0, 0), bias=True),
     case("3d-corners", "10/00//00/01", (2, 3, 2), channels=(2, 1), batch=1, pad=((1, 0), (0, 1), (1, 0))),
 )
+SPREAD = next(c for c in SMALL if c.name == "2d-spread")
 WAYS = (None, *BACKENDS)
-ONE_GRID = tuple(way for way in WAYS if way is None or way.name != "dual")
+ONE_GRID = tuple(way for way in WAYS if way is None or way.name not in ("dual", "factored"))
 
 
 def leaves(c: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -105,7 +107,7 @@ def op_arguments(c: Case, plan: str, dtype: torch.dtype = torch.float32) -> tupl
 
 
 @pytest.mark.parametrize("plan", ["auto", GATHERED], ids=["auto", "static"])
-@pytest.mark.parametrize("c", SMALL[:5], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [*SMALL[:5], SPREAD], ids=lambda c: c.name)
 def test_the_op_passes_torchs_own_checks(c: Case, plan: str) -> None:
     text = ops.auto_plan() if plan == "auto" else plan
     torch.library.opcheck(torch.ops.adaptconv.conv.default, op_arguments(c, text))
@@ -113,7 +115,7 @@ def test_the_op_passes_torchs_own_checks(c: Case, plan: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("direction", Direction, ids=str)
-@pytest.mark.parametrize("c", [SMALL[0], SMALL[2], SMALL[3], SMALL[4]], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [SMALL[0], SMALL[2], SMALL[3], SMALL[4], SPREAD], ids=lambda c: c.name)
 def test_the_direction_op_passes_torchs_own_checks(c: Case, direction: Direction, layout: str) -> None:
     axes = len(c.spatial)
     if layout == "channels_last" and axes != 2:
@@ -249,9 +251,7 @@ def test_torch_func(way: Backend | None) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "default")
 @pytest.mark.parametrize("needs", list(itertools.product((0, 1), repeat=3)), ids=str)
 def test_only_what_is_asked_for_gets_a_gradient(way: Backend | None, needs: tuple[int, int, int]) -> None:
-    c = SMALL[4] if way is not None and way.name == "dual" else SMALL[2]
-    if declines(way, c):
-        c = SMALL[4]
+    c = next(c for c in (SMALL[2], SMALL[4], SPREAD) if not declines(way, c))
     x, w, b = (t.detach().requires_grad_(bool(need)) for t, need in zip(leaves(c), needs, strict=True))
     with through(way):
         y = call(c)(x, w, b)
@@ -270,8 +270,7 @@ def test_only_what_is_asked_for_gets_a_gradient(way: Backend | None, needs: tupl
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "default")
 def test_without_grad(way: Backend | None) -> None:
-    c = SMALL[4] if way is not None and way.name in ("native", "dual") else SMALL[2]
-    c = SMALL[2] if way is not None and way.name == "native" else c
+    c = next(c for c in (SMALL[2], SMALL[4], SPREAD) if not declines(way, c))
     tensors = leaves(c)
     with through(way):
         right = call(c)(*tensors).detach()

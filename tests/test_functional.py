@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ OURS: dict[int, Callable[..., Tensor]] = {1: adaptconv.conv1d, 2: adaptconv.conv
 TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ROOT = Path(__file__).resolve().parents[1]
 RING = TapPattern.parse("111/101/111")
+SPREAD = RING.spread_by(((0.5, 1.0), (1.0,)))
 
 X = torch.randn(1, 4, 8, 8)
 W = torch.randn(6, 2, 3, 3)
@@ -177,8 +179,17 @@ def test_a_dtype_without_plans_is_torchs_to_answer(dtype: torch.dtype) -> None:
         (r"no common centre", lambda: RING.union(TapPattern.grid((2, 2)))),
         (r"T = 8 taps, got shape \(6, 2, 9\)", lambda: Kernel(torch.randn(6, 2, 9), RING)),
         (r"T = 8 taps, got shape \(6, 2, 3, 3\)", lambda: Kernel(W, RING)),
-        (r"expected 2, got 1", lambda: Kernel(torch.randn(6, 2, 8), RING, ((1.0,),))),
-        (r"at least one value", lambda: Kernel(torch.randn(6, 2, 8), RING, ((1.0,), ()))),
+        (
+            r"one filter an axis, of at least one value: expected 2, got \(\(1.0,\),\)",
+            lambda: RING.spread_by(((1.0,),)),
+        ),
+        (r"at least one value", lambda: RING.spread_by(((1.0,), ()))),
+        (r"must be finite", lambda: RING.spread_by(((1.0, math.nan), (1.0,)))),
+        (r"already has a footprint", lambda: SPREAD.spread_by(((0.5, 1), (1,)))),
+        (r"needs one footprint", lambda: SPREAD.union(RING)),
+        (r"cannot be told apart", lambda: Kernel.from_dense(torch.randn(6, 2, 4, 3), SPREAD)),
+        (r"cannot read the footprint '1,y'", lambda: TapPattern.parse("3*1,y")),
+        (r"expected 2 filters", lambda: TapPattern.parse("3x3*1,2")),
         (r"weight window \(3, 2\) is not the taps' window \(3, 3\)", lambda: Kernel.from_dense(W[..., :2], RING)),
         (r"taps must be a TapPattern, got str", lambda: Kernel(torch.randn(6, 2, 3), "101")),  # type: ignore[arg-type]
         (r"weight must be a tensor, got list", lambda: Kernel([1.0], RING)),  # type: ignore[arg-type]

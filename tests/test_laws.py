@@ -36,15 +36,18 @@ PROBLEM = CASES[0].problem(Direction.FORWARD, torch.float32)
 # From the ground up; a module may import its own floor and those below it, never one above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
-    ("grids", "taps", "measure"),
+    ("grids", "tap_text", "taps", "measure"),
     ("problem",),
-    ("arguments", "kernel", "reference", "records"),
+    ("arguments", "plots", "kernel", "reference", "records"),
     ("backends",),
     ("dispatch",),
     ("trilinear",),
     ("ops",),
     ("functional",),
+    ("kernels",),
     ("modules",),
+    ("attention", "convert", "compat"),
+    ("swap",),
     ("compile",),
     ("tuner", "reports"),
     ("databases", "doctor"),
@@ -58,6 +61,7 @@ OUTSIDERS = {  # packages that only one room may import, and the room
     "sqlalchemy": None,
     "tabulate": "reports",
     "tqdm": "tuner",
+    "matplotlib": "plots",
 }
 
 
@@ -297,7 +301,8 @@ for case in CASES:
 
 
 def test_the_same_database_gives_every_process_the_same_plans(database: Path, tmp_path: Path) -> None:
-    for case in CASES[::3]:
+    recorded = [case for case in CASES if "*" not in case.taps][::3]  # gather declines spread taps
+    for case in recorded:
         for direction in Direction:
             problem = case.problem(direction, torch.float32)
             records.default_store().write(record_of(problem, "gather"))
@@ -308,7 +313,7 @@ def test_the_same_database_gives_every_process_the_same_plans(database: Path, tm
     assert runs[0] == runs[1]
     lines = runs[0].splitlines()
     assert len(lines) == 3 * len(CASES)
-    assert sum(f" {Source.RECORD} gather" in line for line in lines) == 3 * len(CASES[::3])
+    assert sum(f" {Source.RECORD} gather" in line for line in lines) == 3 * len(recorded)
     assert any(f" {Source.NEAREST} " in line for line in lines)
 
 

@@ -202,8 +202,8 @@ def test_an_empty_batch_and_a_layer_inside_a_model() -> None:
 @pytest.mark.parametrize(
     ("says", "arguments"),
     [
-        (r"either a kernel_size or taps=, and not both", {}),
-        ("either a kernel_size or taps=, and not both", {"kernel_size": 3, "taps": RING}),
+        (r"either a kernel_size \(or a kernel family\) or taps=, and not both", {}),
+        (r"either a kernel_size \(or a kernel family\) or taps=", {"kernel_size": 3, "taps": RING}),
         ("leave dilation at 1, got 2", {"taps": RING, "dilation": 2}),
         (r"leave dilation at 1, got \(1, 2\)", {"taps": RING, "dilation": (1, 2)}),
         (r"needs taps with 2 axes, got a window \(3,\)", {"taps": "101"}),

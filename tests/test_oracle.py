@@ -20,7 +20,12 @@ def by_torch(case: Case, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     problem = case.problem(Direction.FORWARD)
     dense = torch.zeros(*w.shape[:2], *problem.taps.window, dtype=w.dtype, requires_grad=True).clone()
     for t, offset in enumerate(problem.taps.offsets):
-        dense[(..., *offset)] = w[..., t]
+        values = problem.taps.footprint or ((1.0,),) * problem.axes
+        spread = torch.ones((), dtype=w.dtype)
+        for axis_values in values:
+            spread = spread[..., None] * torch.tensor(axis_values, dtype=w.dtype)
+        place = tuple(slice(o, o + extent) for o, extent in zip(offset, spread.shape, strict=True))
+        dense[(..., *place)] += w[..., t].reshape(*w.shape[:2], *(1,) * spread.dim()) * spread
     padded = F.pad(x, [zeros for pair in reversed(case.padding) for zeros in pair])
     return CONV[len(case.spatial)](padded, dense, bias, case.stride, 0, 1, case.groups)
 

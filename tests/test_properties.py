@@ -81,7 +81,9 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 @settings(max_examples=250)
-@given(call=calls(), way=st.sampled_from([None, None, *[b.name for b in BACKENDS if b.name != "dual"]]))
+@given(
+    call=calls(), way=st.sampled_from([None, None, *[b.name for b in BACKENDS if b.name not in ("dual", "factored")]])
+)
 def test_every_call_is_torchs(call: dict[str, Any], way: str | None) -> None:
     axes, dtype = call["axes"], call["dtype"]
     torch.manual_seed(call["seed"])
@@ -131,16 +133,27 @@ def patterns(draw: st.DrawFn, least: int = 0) -> TapPattern:
     return TapPattern(tuple(chosen), window)
 
 
-@given(pattern=patterns())
+@st.composite
+def maybe_spread(draw: st.DrawFn, least: int = 0) -> TapPattern:
+    """Any taps, half of the time each spread by a small filter."""
+    pattern = draw(patterns(least))
+    if draw(st.booleans()):
+        return pattern
+    values = st.lists(st.sampled_from([0.5, 1.0, -0.25, 1 / 3, 1e-9]), min_size=1, max_size=3)
+    return pattern.spread_by([draw(values) for _ in range(pattern.axes)])
+
+
+@given(pattern=maybe_spread())
 def test_text_says_a_pattern_and_only_that_pattern(pattern: TapPattern) -> None:
     assert TapPattern.parse(str(pattern)) == pattern
     assert hash(TapPattern.parse(str(pattern))) == hash(pattern)
 
 
-@given(one=patterns(), other=patterns())
+@given(one=maybe_spread(), other=maybe_spread())
 def test_patterns_are_equal_exactly_when_their_texts_are(one: TapPattern, other: TapPattern) -> None:
     assert (one == other) == (str(one) == str(other))
-    assert (one == other) == (one.window == other.window and one.offsets == other.offsets)
+    same = (one.window, one.footprint, one.offsets) == (other.window, other.footprint, other.offsets)
+    assert (one == other) == same
 
 
 @given(pattern=patterns())
@@ -180,6 +193,18 @@ def test_a_single_grid_is_found_exactly_when_there_is_one(pattern: TapPattern) -
     assert (pattern.single_grid() is not None) == (bool(len(pattern)) and even and full)
 
 
+@given(pattern=maybe_spread(least=1))
+def test_flipping_a_spread_pattern_mirrors_what_it_spreads_to(pattern: TapPattern) -> None:
+    plain, entries = pattern.spread()
+    flipped, mirrored = pattern.flipped().spread()
+    assert flipped == plain.flipped()
+    last, end = len(pattern) - 1, len(plain) - 1
+    assert sorted((last - own, end - place, value) for own, place, value in mirrored) == [
+        (own, place, pytest.approx(value)) for own, place, value in entries
+    ]
+    assert pattern.flipped().flipped() == pattern
+
+
 @given(pattern=patterns())
 def test_flipping_twice_is_nothing_and_once_mirrors(pattern: TapPattern) -> None:
     assert pattern.flipped().flipped() == pattern
@@ -208,7 +233,7 @@ def test_a_union_has_the_taps_of_both_about_one_centre(one: TapPattern, other: T
     assert centred(union) == centred(one) | centred(other)
 
 
-@given(data=st.data(), pattern=patterns())
+@given(data=st.data(), pattern=maybe_spread())
 def test_live_taps_are_those_that_ever_read_the_input(data: st.DataObject, pattern: TapPattern) -> None:
     axes = pattern.axes
     spatial = data.draw(per_axis(axes, 1, 8))
@@ -220,7 +245,13 @@ def test_live_taps_are_those_that_ever_read_the_input(data: st.DataObject, patte
     ]
     assume(all(count > 0 for count in outputs))
 
-    def reads(offset: tuple[int, ...]) -> bool:
+    lengths = [1] * axes if pattern.footprint is None else list(map(len, pattern.footprint))
+
+    def reads(first: tuple[int, ...]) -> bool:
+        steps = itertools.product(*map(range, lengths))
+        return any(reads_at(tuple(o + i for o, i in zip(first, step, strict=True))) for step in steps)
+
+    def reads_at(offset: tuple[int, ...]) -> bool:
         return all(
             any(0 <= n * step + i - before < extent for n in range(count))
             for i, count, step, (before, _), extent in zip(offset, outputs, stride, padding, spatial, strict=True)
@@ -243,9 +274,10 @@ def test_a_kernel_written_out_densely_is_the_same_convolution(pattern: TapPatter
         footprint = tuple(
             tuple(data.draw(st.lists(st.sampled_from([0.5, 1.0, -0.25]), min_size=1, max_size=3))) for _ in range(axes)
         )
-    kernel = Kernel(torch.randn(2, 2, len(pattern), dtype=torch.float64), pattern, footprint)
+    taps = pattern if footprint is None else pattern.spread_by(footprint)
+    kernel = Kernel(torch.randn(2, 2, len(pattern), dtype=torch.float64), taps)
     dense, spread = kernel.dense(), kernel.spread()
-    assert spread.footprint is None
+    assert spread.taps.footprint is None
     assert tuple(dense.shape[2:]) == spread.taps.window
     assert torch.equal(Kernel.from_dense(dense, spread.taps).weight, spread.weight)
     holes = dense.clone()
@@ -254,9 +286,10 @@ def test_a_kernel_written_out_densely_is_the_same_convolution(pattern: TapPatter
     assert not holes.any(), "a weight outside the taps"
     x = torch.randn(1, 2, *(w + 2 for w in spread.taps.window), dtype=torch.float64)
     right = TORCHS[axes](x, dense)
-    for way in (None, "gather"):
-        with pinned(way) if way else pinned("dense"):
+    for way in ("dense", "gather" if taps.footprint is None else "dense"):
+        with pinned(way):
             torch.testing.assert_close(OURS[axes](x, kernel), right)
+    torch.testing.assert_close(OURS[axes](x, kernel), right)
     if footprint is not None:  # the taps first, then the footprint, is the same function
         plain = Kernel(kernel.weight, pattern).dense()
         smooth = torch.ones((), dtype=torch.float64)
@@ -271,7 +304,7 @@ def test_a_kernel_written_out_densely_is_the_same_convolution(pattern: TapPatter
 
 
 @settings(max_examples=100)
-@given(pattern=patterns(), data=st.data())
+@given(pattern=maybe_spread(), data=st.data())
 def test_any_pattern_any_direction_any_backend(pattern: TapPattern, data: st.DataObject) -> None:
     axes = pattern.axes
     stride = data.draw(per_axis(axes, 1, 3))
@@ -319,7 +352,20 @@ OTHER: dict[str, list[Any]] = {
     "c_out": [4, 88],
     "groups": [1, 4],
     "spatial": [(10, 9), (9, 11), (91, 0)],
-    "taps": [TapPattern.parse(t) for t in ("3x3d2x1", "3x3d1x2", "111/111/111/000", "9x1", "1x9", "111/101/111")],
+    "taps": [
+        TapPattern.parse(t)
+        for t in (
+            "3x3d2x1",
+            "3x3d1x2",
+            "2x2*0.5,1x1,0.5",
+            "2x2*0.5,1x1,0.25",
+            "3x3*1x1,0.5",
+            "111/111/111/000",
+            "9x1",
+            "1x9",
+            "111/101/111",
+        )
+    ],
     "stride": [(2, 1), (1, 1), (12, 2)],
     "padding": [((1, 1), (2, 0)), ((1, 1), (1, 1)), ((0, 2), (1, 1)), ((11, 1), (0, 2))],
     "dtype": ["float64", "bfloat16"],
@@ -380,6 +426,9 @@ def test_every_declared_configuration_survives_its_text() -> None:
             problem = replace(BASE, direction=direction, groups=4, stride=(1, 1))
             if backend.rejects(problem):
                 problem = replace(problem, taps=TapPattern.parse("111/101/111"))
+            if backend.rejects(problem):
+                problem = replace(problem, taps=TapPattern.parse("3x3d2x2*0.5,1,0.5x0.5,1,0.5"))
+            assert backend.rejects(problem) is None
             space = backend.space(problem)
             assert space.default in space
             assert len(list(space)) == space.size == len(set(space))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from adaptconv.backends.base import Backend, Choice, Config, Knob, Space
 from adaptconv.backends.dense import Dense
 from adaptconv.backends.dual import Dual
+from adaptconv.backends.factored import Factored
 from adaptconv.backends.gather import Gather
 from adaptconv.backends.native import Native, is_plain
 from adaptconv.errors import UnknownBackend
 
-BACKENDS: tuple[Backend, ...] = (Native(), Dense(), Gather(), Dual())
+BACKENDS: tuple[Backend, ...] = (Native(), Dense(), Gather(), Dual(), Factored())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 

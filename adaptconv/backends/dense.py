@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Space
-from adaptconv.backends.grid import constant, grid_space, picked, run_grid
+from adaptconv.backends.grid import constant, gathered_gradient, grid_space, picked, run_grid, spread_weight
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern
 
@@ -61,5 +61,7 @@ class Dense(Backend):
         filled = _filled(problem)
         if problem.direction is Direction.GRAD_WEIGHT:
             dw = run_grid(filled, config, a, b)
-            return dw.index_select(2, constant(_positions(problem.taps), dw.device))
-        return run_grid(filled, config, a, picked(b, _expansion(problem.taps)), bias)
+            plain, _ = problem.taps.spread()
+            return gathered_gradient(dw.index_select(2, constant(_positions(plain), dw.device)), problem.taps)
+        weight, plain = spread_weight(b, problem.taps)
+        return run_grid(filled, config, a, picked(weight, _expansion(plain)), bias)

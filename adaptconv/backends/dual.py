@@ -41,9 +41,11 @@ class Dual(Backend):
     summary: ClassVar[str] = f"a sum of 2 to {MAX_GRIDS} regular grids, each through torch's convolution"
 
     def rejects(self, problem: Problem) -> str | None:
-        """Declines single grids and patterns that need many."""
+        """Declines single grids, spread taps and patterns that need many."""
         if not len(problem.taps):
             return "the pattern has no taps"
+        if problem.taps.footprint is not None:
+            return "its taps carry a footprint"
         if problem.taps.single_grid() is not None:
             return "its taps are one regular grid, which native runs in one call"
         if problem.taps.grids(MAX_GRIDS) is None:

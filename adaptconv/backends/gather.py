@@ -30,7 +30,9 @@ class Gather(Backend):
     summary: ClassVar[str] = "im2col of the taps that can touch the input, then a matrix product; bounded workspace"
 
     def rejects(self, problem: Problem) -> str | None:
-        """Declines when one row of one image exceeds the largest workspace."""
+        """Declines spread taps, and when one row of one image exceeds the largest workspace."""
+        if problem.taps.footprint is not None:
+            return "its taps carry a footprint"
         row = _image_bytes(problem) // max(problem.out_spatial[0], 1)
         if row > 256 * _MIB:
             return f"one output row needs {row // _MIB} MiB of gathered input, over the 256 MiB bound"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends.base import Config, Knob, Space
+from adaptconv.kernel import spreading
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
@@ -152,7 +153,7 @@ def _forward(
     weight = w.reshape(*w.shape[:2], *grid.size).contiguous(memory_format=memory_format)
     padding = grid.symmetric if config["pad"] == "implicit" else None
     if padding is None:
-        x, padding = F.pad(x, grid.pads), (0,) * problem.axes
+        x, padding = _padded(x, grid.pads), (0,) * problem.axes
     x = x.contiguous(memory_format=memory_format)
     return _CONV[problem.axes](x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
 
@@ -177,7 +178,7 @@ def _grad_input(
     # Only its shape is read: a stride-0 view stands for the input.
     x = dy.new_empty(1).expand(problem.batch, problem.c_in, *spatial)
     dx: Tensor = _backward(problem, grid, dy, x, weight, padding, (True, False, False))[0]
-    return F.pad(dx, [-zeros for zeros in grid.pads]) if cropped else dx
+    return _padded(dx, [-zeros for zeros in grid.pads]) if cropped else dx
 
 
 def _grad_weight(
@@ -187,7 +188,7 @@ def _grad_weight(
         return _grad_weight_grouped(problem, grid, memory_format, x, dy)
     padding = grid.symmetric if config["pad"] == "implicit" else None
     if padding is None:
-        x, padding = F.pad(x, grid.pads), (0,) * problem.axes
+        x, padding = _padded(x, grid.pads), (0,) * problem.axes
     x = x.contiguous(memory_format=memory_format)
     dy = dy.contiguous(memory_format=memory_format)
     weight = x.new_empty(1).expand(problem.c_out, problem.c_in // problem.groups, *grid.size)
@@ -206,7 +207,7 @@ def _grad_weight_grouped(
     batch = problem.batch
     if _loops_forever(problem, batch * problem.c_in, dy.shape[-1], problem.stride[-1]):
         memory_format = torch.contiguous_format
-    padded = F.pad(x, grid.pads)
+    padded = _padded(x, grid.pads)
     source = padded.reshape(1, batch * problem.c_in, *padded.shape[2:]).contiguous(memory_format=memory_format)
     filters = dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]).contiguous(memory_format=memory_format)
     padding = (0,) * problem.axes
@@ -214,6 +215,14 @@ def _grad_weight_grouped(
     for axis, count in enumerate(grid.size):
         dw = dw.narrow(2 + axis, 0, count)  # a stride that does not divide leaves positions no tap has
     return dw.reshape(batch, problem.c_out, 1, math.prod(grid.size)).sum(0)
+
+
+def _padded(x: Tensor, pads: list[int]) -> Tensor:
+    """``F.pad``, also where one side is cropped by more than there is before the other side grows."""
+    extents = [extent for extent in reversed(x.shape[2:]) for _ in range(2)]
+    if any(zeros + extent < 0 for zeros, extent in zip(pads, extents, strict=True)):
+        x, pads = F.pad(x, [max(zeros, 0) for zeros in pads]), [min(zeros, 0) for zeros in pads]
+    return F.pad(x, pads)
 
 
 def _backward(
@@ -237,6 +246,30 @@ def adjoint_weight(w: Tensor, groups: int) -> Tensor:
     return w.reshape(groups * ins, outs // groups, taps).flip(2)
 
 
+def spread_weight(w: Tensor, taps: TapPattern) -> tuple[Tensor, TapPattern]:
+    """A compact weight on spread taps written out on their plain ones: ``[O, I, T] -> [O, I, T_plain]``."""
+    if taps.footprint is None:
+        return w, taps
+    return w @ _spreading(taps, w.dtype, w.device), taps.spread()[0]
+
+
+def gathered_gradient(dw: Tensor, taps: TapPattern) -> Tensor:
+    """The adjoint of ``spread_weight``: ``[O, I, T_plain] -> [O, I, T]``."""
+    if taps.footprint is None:
+        return dw
+    return dw @ _spreading(taps, dw.dtype, dw.device).t()
+
+
+def _spreading(taps: TapPattern, dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrix = _spreading_values(taps)
+    return real_constant(matrix, dtype, device).reshape(len(taps), len(taps.spread()[0]))
+
+
+@lru_cache(maxsize=1024)
+def _spreading_values(taps: TapPattern) -> tuple[float, ...]:
+    return tuple(spreading(taps).flatten().tolist())
+
+
 def picked(w: Tensor, indices: Sequence[int]) -> Tensor:
     """Columns of a compact weight by tap index, -1 giving a column of zeros: ``[O, I, len(indices)]``."""
     taps = w.shape[2]
@@ -253,6 +286,19 @@ def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     if _NO_DISPATCH_MODE() == 0 and not torch.compiler.is_compiling():
         return _constant(values, device)
     return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of known real values, kept between eager calls."""
+    if _NO_DISPATCH_MODE() == 0 and not torch.compiler.is_compiling():
+        return _real_constant(values, dtype, device)
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=1024)

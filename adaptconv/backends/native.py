@@ -23,6 +23,8 @@ class Native(Backend):
         """Declines tap patterns that are not one regular grid."""
         if not len(problem.taps):
             return "the pattern has no taps"
+        if problem.taps.footprint is not None:
+            return "its taps carry a footprint"
         if geometry(problem) is None:
             return f"its {len(problem.taps)} taps are not one regular grid"
         return None

@@ -117,6 +117,8 @@ def _mergeable(members: Sequence[Conv]) -> bool:
         return False
     if len({value(m.node).dtype for m in members}) != 1:
         return False
+    if any(m.taps.footprint is not None for m in members):
+        return False  # spread taps do not unite with others
     return common_window(members) is not None
 
 
@@ -126,6 +128,8 @@ def common_window(members: Sequence[Conv]) -> tuple[TapPattern, Padding, list[li
     A tap reads the input at (offset - padding before), so moving a window by the difference in padding
     keeps what it reads. None where the windows then end at different places.
     """
+    if len(members) == 1:
+        return members[0].taps, members[0].padding, [list(members[0].taps.offsets)]
     padding: list[tuple[int, int]] = []
     window: list[int] = []
     for axis in range(members[0].axes):

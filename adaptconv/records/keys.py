@@ -26,7 +26,8 @@ _SIZES = rf"{_SIZE}(?:x{_SIZE}){{0,2}}"
 _PAD = rf"-?{_SIZE}(?::-?{_SIZE})?"
 _KEY = re.compile(
     rf"(?P<direction>forward|grad_input|grad_weight) n(?P<batch>{_SIZE}) c(?P<c_in>{_SIZE})-(?P<c_out>{_SIZE})"
-    rf" g(?P<groups>{_SIZE}) i(?P<spatial>{_SIZES}) t(?P<taps>[\dxd/]+) s(?P<stride>{_SIZES})"
+    rf" g(?P<groups>{_SIZE}) i(?P<spatial>{_SIZES}) t(?P<taps>[\dxd/]+)(?:\*(?P<footprint>[\d.,ex+-]+))?"
+    rf" s(?P<stride>{_SIZES})"
     rf" p(?P<padding>{_PAD}(?:x{_PAD}){{0,2}}) (?P<dtype>\w+) (?P<layout>\w+) (?P<bias>bias|nobias)"
     r" (?P<fp32_precision>\S+) (?P<order>deterministic|anyorder) @(?P<device>\S+)",
     re.ASCII,
@@ -48,8 +49,9 @@ class Features:
         groups: channel groups.
         spatial: input extents.
         taps: number of taps.
-        taps_class: "single", "dense" (one grid, dilation 1), "dilated" (one grid) or "irregular".
-        window: dense extent of the taps along each axis.
+        taps_class: "spread" (with a footprint), "single", "dense" (one grid, dilation 1), "dilated" (one grid) or
+            "irregular".
+        window: dense extent of the taps along each axis, footprints included.
         dilation: step between taps along each axis; 1 where there is no single grid.
         stride: output step along each axis.
         padding: zeros (before, after) along each axis.
@@ -136,9 +138,13 @@ def parse_key(key: str) -> Features:
     spatial, stride = _ints(match["spatial"]), _ints(match["stride"])
     padding = tuple((int(a), int(b or a)) for a, _, b in (part.partition(":") for part in match["padding"].split("x")))
     taps, window, dilation, regular = _read_taps(match["taps"])
+    lengths = _filter_lengths(match["footprint"], len(window))
+    window = tuple(extent + length - 1 for extent, length in zip(window, lengths, strict=True))
     if not len(spatial) == len(stride) == len(padding) == len(window):
         raise ValueError(f"the fields of a key disagree on the number of axes: {key[:80]!r}")
-    if taps == 1:
+    if match["footprint"]:
+        taps_class = "spread"
+    elif taps == 1:
         taps_class = "single"
     elif regular:
         taps_class = "dense" if all(step == 1 for step in dilation) else "dilated"
@@ -186,6 +192,18 @@ def _read_taps(text: str) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
         raise ValueError(f"not a grid of taps: {text[:40]!r}")
     window = tuple((s - 1) * d + 1 for s, d in zip(size, dilation, strict=True))
     return math.prod(size), window, tuple(d if s > 1 else 1 for s, d in zip(size, dilation, strict=True)), True
+
+
+def _filter_lengths(footprint: str | None, axes: int) -> tuple[int, ...]:
+    """How many values a footprint has along each axis; 1 without one."""
+    if footprint is None:
+        return (1,) * axes
+    filters = [values.split(",") for values in footprint.split("x")]
+    if len(filters) != axes:
+        raise ValueError(f"not a footprint of {axes} axes: {footprint[:40]!r}")
+    for value in itertools.chain(*filters):
+        float(value)  # a ValueError of its own where it is no number
+    return tuple(map(len, filters))
 
 
 def _read_mask(text: str) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
