@@ -7,27 +7,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaptconv import kernels as kernels
 from adaptconv._version import __version__ as __version__
 from adaptconv.backends import backend_names as backends
 from adaptconv.dispatch import pinned
 from adaptconv.errors import BackendRejected
 from adaptconv.functional import conv1d, conv2d, conv3d
 from adaptconv.kernel import Kernel
+from adaptconv.kernels.grid import dilate
 from adaptconv.modules import AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d
 from adaptconv.taps import TapPattern
 
 if TYPE_CHECKING:
     from adaptconv.compile.optimize import optimize
     from adaptconv.reports import explain, report
+    from adaptconv.swap import adapt, restore
     from adaptconv.tuner import tune
 
 
 __all__ = [
-    "AdaptiveConv1d", "AdaptiveConv2d", "AdaptiveConv3d", "BackendRejected", "Kernel", "TapPattern", "backends",
-    "conv1d", "conv2d", "conv3d", "explain", "optimize", "pinned", "report", "tune",
+    "AdaptiveConv1d", "AdaptiveConv2d", "AdaptiveConv3d", "BackendRejected", "Kernel", "TapPattern", "adapt",
+    "backends", "conv1d", "conv2d", "conv3d", "dilate", "explain", "kernels", "optimize", "pinned", "report", "restore",
+    "tune",
 ]  # fmt: skip
 
-_LATER = {"optimize": "compile.optimize", "explain": "reports", "report": "reports", "tune": "tuner"}
+_LATER = {
+    "adapt": "swap", "restore": "swap", "optimize": "compile.optimize", "explain": "reports", "report": "reports",
+    "tune": "tuner",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

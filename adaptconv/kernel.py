@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,16 +68,24 @@ class Kernel:
         if self.taps.footprint is None:
             return self
         plain, _ = self.taps.spread()
-        return Kernel(self.weight @ spreading(self.taps).to(self.weight), plain)
+        matrix = torch.tensor(spreading_values(self.taps), dtype=torch.float64).reshape(len(self.taps), len(plain))
+        return Kernel(self.weight @ matrix.to(self.weight), plain)
+
+    def plot(self, ax: Any = None, *, title: str | None = None) -> Any:
+        """Draw the root mean square of the weights over channels at every position; needs matplotlib."""
+        from adaptconv.plots import plot
+
+        return plot(self, ax, title=title)
 
 
-def spreading(taps: TapPattern) -> Tensor:
-    """The linear map from a pattern's own weights to those of its plain taps, float64 ``[T, T_plain]``."""
+@lru_cache(maxsize=1024)
+def spreading_values(taps: TapPattern) -> tuple[float, ...]:
+    """The linear map from a pattern's own weights to those of its plain taps, ``[T, T_plain]`` row by row."""
     plain, entries = taps.spread()
-    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
-    matrix = torch.zeros(len(taps), len(plain), dtype=torch.float64)
-    matrix[list(rows), list(columns)] = torch.tensor(values, dtype=torch.float64)
-    return matrix
+    matrix = [0.0] * (len(taps) * len(plain))
+    for own, place, value in entries:
+        matrix[own * len(plain) + place] = value
+    return tuple(matrix)
 
 
 def _positions(taps: TapPattern, device: torch.device) -> Tensor:

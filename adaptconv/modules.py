@@ -56,7 +56,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
         # own, one value for each position of the window, is then never allocated.
         super().__init__(
             in_channels, out_channels, kernel_size if family is None else family.taps.window, stride, padding, dilation,
-            groups, bias, padding_mode, device if family is None else "meta", dtype,
+            groups, bias, padding_mode, device if family is None else "meta", dtype,  # type: ignore[arg-type]
         )  # fmt: skip
         if family is not None:
             if bias:
@@ -106,7 +106,12 @@ class _Adaptive(nn.modules.conv._ConvNd):
         if isinstance(family, Grid):
             self.dilation = family.bound(self._axes).dilation  # type: ignore[assignment]
             return
+        for name, tensor in self._tensors().items():
+            if name not in wanted and not isinstance(tensor, nn.Parameter):
+                delattr(self, name)  # say, the mask of a kernel that is masked by density from now on
         self._take(family, {name: getattr(self, name) for name in wanted})
+        with torch.no_grad():
+            family.settle(self._tensors())
 
     @property
     def kernel(self) -> Kernel:
@@ -168,7 +173,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
         """
         with torch.no_grad():
             kernel = self.family.frozen(*self._tensors().values(), **how)
-        for name in self._slots:
+        for name in (*self._slots, *(n for n in self.family.spare if n in self._parameters)):
             delattr(self, name)
         self.dilation = (1,) * self._axes
         self._take(FixedTaps(kernel.taps), {"weight": kernel.weight.detach().to(memory_format=torch.contiguous_format)})
@@ -221,10 +226,15 @@ class _Adaptive(nn.modules.conv._ConvNd):
         """Torch's, with the family's word on what came."""
         family = self._family
         if family is not None:
-            own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            idle = [prefix + name for name in family.spare if name in self._parameters]
+            own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix) and k not in idle}
             error_msgs += [f"{prefix.rstrip('.') or type(self).__name__}: {m}" for m in family.check_state(own)]
         args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if family is not None:
+            for name in family.may_lack:
+                if prefix + name in missing_keys:
+                    missing_keys.remove(prefix + name)
         if family is not None and not error_msgs:
             with torch.no_grad():
                 family.settle(self._tensors())

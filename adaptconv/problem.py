@@ -219,7 +219,8 @@ class Problem:
         padding = ",".join(str(a) if a == b else f"{a}:{b}" for a, b in self.padding)
         taps = str(self.taps)
         if len(taps) > 24:
-            taps = f"{len(self.taps)} taps in {'x'.join(map(str, self.taps.window))}"
+            kind = "taps" if self.taps.footprint is None else "spread taps"
+            taps = f"{len(self.taps)} {kind} in {'x'.join(map(str, self.taps.window))}"
         groups = "depthwise" if self.is_depthwise and self.c_out == self.c_in else f"groups {self.groups}"
         return (
             f"{self.direction} {self.batch}x{self.c_in}x{'x'.join(map(str, self.spatial))} -> {self.c_out}, "

@@ -30,7 +30,7 @@ class Layer:
         c_out: output channels.
         groups: channel groups.
         spatial: input extents.
-        taps: text of a ``TapPattern``: a grid (``3x3d6x6``) or a mask.
+        taps: text of a ``TapPattern``: a grid (``3x3d6x6``) or a mask, maybe with a footprint.
         stride: output step an axis.
         padding: zeros (before, after) an axis.
         dtype: "float32", "bfloat16", ...
@@ -129,6 +129,10 @@ class _Row:
 
 _WIDE_WINGS = str(TapPattern.partial(island=13, wing=4, dilation=13))  # 21 taps over a span of 105
 
+_ROUND, _TWO_ROUNDS = (0.5, 1, 0.5), (0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)
+_INTERPOLATED_7 = str(TapPattern.grid((3, 3), 2).spread_by((_ROUND, _ROUND)))
+_INTERPOLATED_15 = str(TapPattern.grid((3, 3), 4).spread_by((_TWO_ROUNDS, _TWO_ROUNDS)))
+
 # fmt: off
 _DENSE_ROWS = (
     _Row("deeplabv3-aspp-d6", "DeepLabV3 ASPP, output stride 16", (33, 33), "3x3d6x6", (16, 2048, 256), (1, 512, 256)),
@@ -152,6 +156,9 @@ _DENSE_ROWS = (
     _Row("tcn-d4", "TCN", (400,), "3d4", (32, 600, 600), (2, 600, 600), causal=True),
     _Row("bigvgan-d5", "BigVGAN-like", (2048,), "11d5", (16, 256, 256), (1, 256, 256)),
     _Row("partial-21of105", "partially dilated", (4096,), _WIDE_WINGS, (8, 256, 256), (1, 128, 128)),
+    # Nine weights a channel pair, spread over the window by a footprint.
+    _Row("interpolated-7x7", "interpolated 3x3, one round", (56, 56), _INTERPOLATED_7, (64, 64, 64), (8, 64, 64)),
+    _Row("interpolated-15x15", "interpolated 3x3, two rounds", (56, 56), _INTERPOLATED_15, (64, 64, 64), (8, 64, 64)),
     # Every synapse has a delay of its own, so the taps that all channels share are the whole span.
     _Row("snn-delays-31", "spiking network with learnt delays", (100,), "31", (128, 512, 512), (4, 256, 256)),
     _Row("aspp3d-d6", "3-D ASPP", (8, 16, 16), "3x3x3d6x6x6", (1, 256, 256), (1, 128, 128)),
@@ -181,6 +188,8 @@ _DEPTHWISE_ROWS = (
          (8, 256, 256), (8, 256, 256), DEPTHWISE),
     _Row("partial-dw-21of105", "partially dilated depthwise", (4096,), _WIDE_WINGS,
          (8, 768, 768), (2, 192, 192), DEPTHWISE),
+    _Row("interpolated-dw-15x15", "interpolated 3x3 depthwise, two rounds", (56, 56), _INTERPOLATED_15,
+         (64, 128, 128), (4, 96, 96), DEPTHWISE),
     _Row("uxnet3d-k7", "3D UX-Net", (48, 48, 48), "7x7x7", (2, 48, 48), (1, 16, 16), DEPTHWISE),
     _Row("mamba-k4", "Mamba", (2048,), "4", (8, 4096, 4096), (2, 1024, 1024), DEPTHWISE, causal=True),
 )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends.base import Config, Knob, Space
-from adaptconv.kernel import spreading
+from adaptconv.kernel import spreading_values
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
@@ -261,13 +261,7 @@ def gathered_gradient(dw: Tensor, taps: TapPattern) -> Tensor:
 
 
 def _spreading(taps: TapPattern, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = _spreading_values(taps)
-    return real_constant(matrix, dtype, device).reshape(len(taps), len(taps.spread()[0]))
-
-
-@lru_cache(maxsize=1024)
-def _spreading_values(taps: TapPattern) -> tuple[float, ...]:
-    return tuple(spreading(taps).flatten().tolist())
+    return real_constant(spreading_values(taps), dtype, device).reshape(len(taps), len(taps.spread()[0]))
 
 
 def picked(w: Tensor, indices: Sequence[int]) -> Tensor:
@@ -283,16 +277,16 @@ def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
 
     Made afresh under a tracing mode, whose tensors must not outlive it.
     """
-    if _NO_DISPATCH_MODE() == 0 and not torch.compiler.is_compiling():
-        return _constant(values, device)
-    return torch.tensor(values, dtype=torch.long, device=device)
+    if torch.compiler.is_compiling() or _NO_DISPATCH_MODE():  # asked in this order: dynamo cannot trace the second
+        return torch.tensor(values, dtype=torch.long, device=device)
+    return _constant(values, device)
 
 
 def real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of known real values, kept between eager calls."""
-    if _NO_DISPATCH_MODE() == 0 and not torch.compiler.is_compiling():
-        return _real_constant(values, dtype, device)
-    return torch.tensor(values, dtype=dtype, device=device)
+    if torch.compiler.is_compiling() or _NO_DISPATCH_MODE():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _real_constant(values, dtype, device)
 
 
 @lru_cache(maxsize=1024)

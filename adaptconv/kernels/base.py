@@ -44,12 +44,19 @@ class Family(ABC):
     Attributes:
         identity: whether ``compact`` is the weight itself, flattened: nothing is computed for a call.
         constructed: whether ``compact`` is dear enough to be kept between calls without gradients.
+        may_lack: slots that a checkpoint may lack: torch's own layer has none, and the family knows the value.
         factorised: whether ``convolve`` computes the layer in steps instead of on one compact weight.
     """
 
     identity: bool = False
     constructed: bool = False
     factorised: bool = False
+    may_lack: tuple[str, ...] = ()
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Tensors a layer may still hold from another setting of the family, unused."""
+        return ()
 
     @abstractmethod
     def bound(self: _Self, axes: int) -> _Self:
@@ -130,6 +137,32 @@ class Family(ABC):
 
     def settle(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Mend what a checkpoint brought, in place and with a warning, where a documented clamp says so."""
+
+    def plot(self, ax: Any = None, *, axes: int | None = None, title: str | None = None) -> Any:
+        """Draw where the taps sit; by default in 2-D, or in as many axes as the settings are spelled for.
+
+        Args:
+            ax: matplotlib axes to draw on; by default those of a new figure.
+            axes: number of axes of the kernel.
+            title: a title; by default the family itself.
+
+        Returns:
+            The matplotlib axes.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ConvArgumentError: the settings do not fit that many axes.
+        """
+        from adaptconv.plots import plot
+
+        refused: ConvArgumentError | None = None
+        for rank in (2, 1, 3) if axes is None else (axes,):
+            try:
+                return plot(self.bound(rank), ax, title=repr(self) if title is None else title)
+            except ConvArgumentError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
 
 def bound_of_uniform(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:

@@ -66,6 +66,9 @@ class FixedTaps(Family):
 
     identity = True
 
+    def __repr__(self) -> str:
+        return f"FixedTaps({str(self.pattern)!r})"
+
     @staticmethod
     def of(taps: Any) -> FixedTaps:
         """From what users write: a ``TapPattern``, its text, or a mask (nested sequences, array, tensor)."""
@@ -128,6 +131,13 @@ def dilate(weight: Tensor, dilation: int | Sequence[int], *, axes: int | None = 
     lead, size = tuple(weight.shape[:-axes]), tuple(weight.shape[-axes:])
     window = tuple([max(0, (extent - 1) * step + 1) for extent, step in zip(size, steps, strict=True)])
     if not torch.compiler.is_compiling():
+        if weight.requires_grad and torch.is_grad_enabled() and not weight.is_complex():
+            # The gradient of this is a strided view, that of a write in place a copy of the whole window.
+            full = weight
+            for axis in (axis for axis in range(-1, -axes - 1, -1) if steps[axis] != 1):
+                shape = (*full.shape[:axis], window[axis], *full.shape[full.dim() + axis + 1 :])
+                full = torch.slice_scatter(weight.new_zeros(()).expand(shape), full, axis, step=steps[axis])
+            return full
         full = weight.new_zeros(lead + window)
         places: list[Any] = [..., *[slice(None, None, step) for step in steps]]
         full[tuple(places)] = weight
