@@ -17,6 +17,7 @@ from adaptconv.kernel import Kernel
 from adaptconv.kernels.base import Family, Slot
 from adaptconv.kernels.cache import Constructed
 from adaptconv.kernels.grid import FixedTaps, Grid
+from adaptconv.problem import same_padding
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans
 
@@ -43,7 +44,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
         name = type(self).__name__
         if (taps is None) == (kernel_size is None):
             raise ConvArgumentError(f"{name} needs either a kernel_size (or a kernel family) or taps=, and not both")
-        family = kernel_size if isinstance(kernel_size, Family) else None if taps is None else FixedTaps.of(taps)
+        family = _family_of(name, kernel_size, taps)
         if family is not None:
             family = family.bound(self._axes)
             if dilation != 1 and tuple(dilation if isinstance(dilation, (tuple, list)) else ()) != (1,) * self._axes:
@@ -76,6 +77,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
         slots = family.slots(self.out_channels, self.in_channels // self.groups)
         self._family, self.taps, self._slots = family, family.taps, tuple(slot.name for slot in slots)
         self.kernel_size = self.taps.window
+        self._follow_window(self.taps.window)
         self.__dict__.pop("_constructed", None)
         self.__dict__.pop("_last_call", None)
         for slot in slots:
@@ -85,6 +87,12 @@ class _Adaptive(nn.modules.conv._ConvNd):
                 self.register_parameter(slot.name, parameter)
             else:
                 self.register_buffer(slot.name, tensor)
+
+    def _follow_window(self, window: tuple[int, ...]) -> None:
+        """What torch derives from a kernel's extent when a layer is made: the padding of other modes than zeros."""
+        if self.padding == "same":
+            pairs = [zeros for pair in reversed(same_padding(window)) for zeros in pair]
+            self._reversed_padding_repeated_twice = pairs
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._slots}
@@ -99,13 +107,16 @@ class _Adaptive(nn.modules.conv._ConvNd):
         family = family.bound(self._axes)
         wanted = {s.name: s.shape for s in family.slots(self.out_channels, self.in_channels // self.groups)}
         held = {name: tuple(getattr(self, name).shape) for name in wanted if hasattr(self, name)}
-        if held != wanted or isinstance(family, Grid) != (self._family is None):
+        if held != wanted:
             raise ConvArgumentError(
                 f"{family!r} needs tensors {wanted}; this layer holds {held}: make a new layer for it"
             )
         if isinstance(family, Grid):
-            self.dilation = family.bound(self._axes).dilation  # type: ignore[assignment]
+            self._family, self.taps, self._slots = None, None, ("weight",)
+            self.kernel_size, self.dilation = family.size, family.dilation  # type: ignore[assignment]
+            self._follow_window(family.taps.window)
             return
+        self.dilation = (1,) * self._axes
         for name, tensor in self._tensors().items():
             if name not in wanted and not isinstance(tensor, nn.Parameter):
                 delattr(self, name)  # say, the mask of a kernel that is masked by density from now on
@@ -261,6 +272,19 @@ class _Adaptive(nn.modules.conv._ConvNd):
         for name in ("_last_call", "_constructed"):
             state.pop(name, None)
         return state
+
+
+def _family_of(name: str, kernel: Any, taps: Any) -> Family | None:
+    """The family a user named by a kernel (an instance, a ``TapPattern`` or its text) or by taps; None for a size."""
+    if taps is not None:
+        return FixedTaps.of(taps)
+    if isinstance(kernel, type) and issubclass(kernel, Family):
+        raise ConvArgumentError(
+            f"{name} takes a kernel family with its settings, {kernel.__name__}(...), not the class"
+        )
+    if isinstance(kernel, (TapPattern, str)):
+        return FixedTaps.of(kernel)
+    return kernel if isinstance(kernel, Family) else None
 
 
 def _own_dtype(slot: Slot) -> dict[str, Any]:

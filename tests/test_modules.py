@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import adaptconv
 from adaptconv import AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d, Kernel, TapPattern, pinned
 from adaptconv.errors import ConvArgumentError
+from adaptconv.kernels import Grid, Interpolated, Symmetric
 
 PAIRS = [(AdaptiveConv1d, nn.Conv1d, 1), (AdaptiveConv2d, nn.Conv2d, 2), (AdaptiveConv3d, nn.Conv3d, 3)]
 SETTINGS: list[dict[str, Any]] = [
@@ -255,3 +256,26 @@ def test_a_kernel_may_be_used_without_a_layer() -> None:
     x = torch.randn(1, 2, 6, 6)
     kernel = Kernel(layer.weight, TapPattern.parse(RING))
     torch.testing.assert_close(adaptconv.conv2d(x, kernel, layer.bias, padding=1), layer(x))
+
+
+def test_a_layer_takes_another_family_of_the_same_tensors_and_pads_by_its_window() -> None:
+    layer = AdaptiveConv2d(2, 2, 3, padding="same", padding_mode="circular")
+    weight, x = layer.weight, torch.randn(1, 2, 9, 9)
+    for family, window in ((Interpolated(3), 7), (Grid(3, 3), 7), (Symmetric("3x3"), None), (Grid(3), 3)):
+        if window is None:
+            with pytest.raises(ConvArgumentError, match="make a new layer"):
+                layer.family = family
+            continue
+        layer.family = family
+        assert layer.family == family.bound(2)
+        assert layer.weight is weight
+        assert layer.kernel.taps.window == (window, window)
+        padded = F.pad(x, (window // 2,) * 4, mode="circular")
+        torch.testing.assert_close(layer(x), F.conv2d(padded, layer.kernel.dense(), layer.bias))
+    assert repr(layer) == "Adaptive" + repr(nn.Conv2d(2, 2, 3, padding="same", padding_mode="circular"))
+
+
+def test_a_kernel_may_be_a_pattern_or_its_text_but_not_a_class() -> None:
+    assert AdaptiveConv2d(2, 2, RING).taps == AdaptiveConv2d(2, 2, TapPattern.parse(RING)).taps
+    with pytest.raises(ConvArgumentError, match=r"Interpolated\(\.\.\.\), not the class"):
+        AdaptiveConv2d(2, 2, Interpolated)
