@@ -13,11 +13,13 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Knob, Space
+from adaptconv.backends.gather import Gather
 from adaptconv.backends.grid import grid_space, real_constant, run_grid
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
 _CHANNELS_LAST = "channels_last"
+_GATHER = Gather()
 
 
 class Factored(Backend):
@@ -42,6 +44,10 @@ class Factored(Backend):
     def space(self, problem: Problem) -> Space:
         """The knobs of the bare grid, and how the footprint is applied."""
         knobs = [knob for knob in grid_space(_core(problem)).knobs if knob.name != "pad"]
+        if problem.direction is Direction.GRAD_WEIGHT and not _GATHER.rejects(_core(problem)):
+            # Torch's dilated weight gradient rounds up to 5x worse than its dense one; a matrix product does not.
+            core = "the bare grid by im2col and a matrix product, or through torch's backward"
+            knobs.append(Knob("core", ("gather", "grid"), "gather", core))
         if problem.axes > 1:
             knobs.append(Knob("smooth", ("axes", "joint"), "joint", "the footprint axis by axis, or all axes at once"))
         return Space(tuple(knobs))
@@ -49,7 +55,10 @@ class Factored(Backend):
     def cost(self, problem: Problem, config: Config) -> float:
         """Each smoothing, and the bare grid."""
         smoothing = sum(costs.grid_us(step, _knobs(config, smoothing=True)) for step, _ in _smoothings(problem, config))
-        return smoothing + costs.grid_us(_core(problem), _knobs(config))
+        core = _core(problem)
+        if config.get("core") == "gather":
+            return smoothing + _GATHER.cost(core, _GATHER.space(core).default)
+        return smoothing + costs.grid_us(core, _knobs(config))
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Smooth and convolve, or the other way round for the input's gradient."""
@@ -61,6 +70,8 @@ class Factored(Backend):
             result = _smoothed(problem, config, run_grid(core, knobs, a, b))
         else:
             x = _smoothed(problem, config, a)
+            if config.get("core") == "gather":
+                return _GATHER.run(core, _GATHER.space(core).default, x, b)
             if problem.direction is Direction.GRAD_WEIGHT:
                 return run_grid(core, knobs, x, b)
             result = run_grid(core, knobs, x, b, bias)
@@ -69,7 +80,8 @@ class Factored(Backend):
 
 def _knobs(config: Config, *, smoothing: bool = False) -> Config:
     """What a grid's run reads: it pads explicitly only where its padding is uneven."""
-    kept = {name: value for name, value in config.items() if name != "smooth" and not (smoothing and name == "route")}
+    dropped = ("smooth", "core", "route") if smoothing else ("smooth", "core")
+    kept = {name: value for name, value in config.items() if name not in dropped}
     return Config({**kept, "pad": "implicit"})
 
 

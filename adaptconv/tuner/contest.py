@@ -153,15 +153,16 @@ class _Contest:
                 search.close()
 
     def _screen_batch(self, proposals: Mapping[Search, list[Choice]], deadline: float) -> None:
-        """Check and time one batch. Out of time, the first of each backend is still tried."""
+        """Check and time one batch. Out of time, each backend is still tried until one of its first few is sound."""
         errors: dict[Choice, float] = {}
         first_us: dict[Choice, float] = {}
         told: dict[Choice, float | None] = {}
         for choices in proposals.values():
             if self.baseline in choices:
                 told[self.baseline] = 1.0
+            sound = False
             for i, choice in enumerate(c for c in choices if c != self.baseline):
-                if i and monotonic() > deadline:
+                if (sound or i >= _AT_LEAST) and monotonic() > deadline:
                     break
                 try:
                     self._guard_time(choice)
@@ -171,6 +172,7 @@ class _Contest:
                     level = logging.WARNING if failure.wrong else logging.INFO
                     _LOG.log(level, "discarded %s on %s: %s", choice, self.problem, failure)
                     continue
+                sound = True
                 ratio = self._hopeless(choice, taken)
                 if ratio is None:
                     errors[choice], first_us[choice] = error, taken
