@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ from adaptconv import ops
 from adaptconv.errors import ConvArgumentError
 from adaptconv.functional import Call, prepared, traced
 from adaptconv.kernel import Kernel
-from adaptconv.kernels.base import Family, Slot
+from adaptconv.kernels.base import Family, Slot, full_precision
 from adaptconv.kernels.cache import Constructed
 from adaptconv.kernels.grid import FixedTaps, Grid
 from adaptconv.problem import same_padding
@@ -117,8 +116,8 @@ class _Adaptive(nn.modules.conv._ConvNd):
             self._follow_window(family.taps.window)
             return
         self.dilation = (1,) * self._axes
-        for name, tensor in self._tensors().items():
-            if name not in wanted and not isinstance(tensor, nn.Parameter):
+        for name in self._slots:
+            if name not in wanted and name not in family.spare:
                 delattr(self, name)  # say, the mask of a kernel that is masked by density from now on
         self._take(family, {name: getattr(self, name) for name in wanted})
         with torch.no_grad():
@@ -129,7 +128,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
         """The layer's kernel as weights on taps, differentiable."""
         if self._family is None:
             return Kernel(self.weight.flatten(2), TapPattern.grid(self.kernel_size, self.dilation))
-        with _full_precision(self.weight.device):
+        with full_precision(self.weight.device):
             return self._family.kernel(*self._tensors().values())
 
     def _weight(self, family: Family) -> Tensor:
@@ -141,7 +140,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
             kept = self.__dict__.get("_constructed")
             if kept is not None and kept.still(family, tensors):
                 return kept.weight  # type: ignore[no-any-return]
-        with _full_precision(tensors[0].device):
+        with full_precision(tensors[0].device):
             weight = family.compact(*tensors)
         if family.constructed and not torch.compiler.is_compiling():
             self.__dict__["_constructed"] = Constructed.of(family, tensors, weight)
@@ -289,13 +288,6 @@ def _family_of(name: str, kernel: Any, taps: Any) -> Family | None:
 
 def _own_dtype(slot: Slot) -> dict[str, Any]:
     return {} if slot.dtype is None else {"dtype": slot.dtype}
-
-
-def _full_precision(device: torch.device) -> Any:
-    """Kernels are made in the precision of their parameters: autocast narrows the result, not the making."""
-    if torch._C._is_any_autocast_enabled():
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 _DOC = """{axes}-D convolution with ``torch.nn.Conv{axes}d``'s signature, state_dict and initialisation, dispatched.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaptconv import dispatch
 from adaptconv.backends import Choice, backend_named
+from adaptconv.backends.base import laid_out
 from adaptconv.dispatch import Plan, Source
 from adaptconv.errors import ConvArgumentError
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
@@ -93,7 +94,7 @@ def _empty(problem: Problem, like: Tensor, bias: Tensor | None) -> Tensor:
         result = result + bias.reshape(-1, *(1,) * problem.axes)
     if problem.direction is Direction.GRAD_WEIGHT:
         return result
-    return result.contiguous(memory_format=problem.memory_format)
+    return laid_out(result, problem.memory_format)
 
 
 class _Trilinear(torch.autograd.Function):

@@ -249,6 +249,29 @@ def test_torch_func(way: Backend | None) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "default")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "pinned"])
+def test_vmap_over_memory_formats(way: Backend | None, layout: str) -> None:
+    c = next(c for c in (case("vmap", "3x3", (6, 7), channels=(4, 4), groups=4, pad=1), SMALL[4], SPREAD)
+             if not declines(way, c))  # fmt: skip
+    tensors = leaves(c)
+    x, w = tensors[0].detach(), tensors[1].detach()
+    xs, ws = torch.stack([x, x + 1]), torch.stack([w, w - 1])
+    if layout == "channels_last":
+        xs = xs.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, xs.shape[:2])
+    knobs = {"layout": "channels_last"} if layout == "pinned" and way is not None and way.name != "gather" else {}
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return call(c)(x, w).square().sum()
+
+    with pinned(way.name, **knobs) if way is not None else nullcontext():
+        mapped = torch.func.vmap(call(c))(xs, ws)
+        grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(xs, ws)
+    for i in range(2):
+        torch.testing.assert_close(mapped[i], call(c)(xs[i], ws[i]))
+        torch.testing.assert_close([g[i] for g in grads], list(torch.func.grad(loss, argnums=(0, 1))(xs[i], ws[i])))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "default")
 @pytest.mark.parametrize("needs", list(itertools.product((0, 1), repeat=3)), ids=str)
 def test_only_what_is_asked_for_gets_a_gradient(way: Backend | None, needs: tuple[int, int, int]) -> None:
     c = next(c for c in (SMALL[2], SMALL[4], SPREAD) if not declines(way, c))

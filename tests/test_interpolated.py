@@ -428,3 +428,11 @@ def test_a_call_that_does_not_fit_is_refused_in_words() -> None:
         AdaptiveConv2d(2, 2, Interpolated(3), dilation=2)
     with pytest.raises(ConvArgumentError, match="not bound yet"):
         _ = Interpolated(3).taps
+
+
+def test_a_learnt_footprint_goes_when_the_family_no_longer_learns_one() -> None:
+    layer = AdaptiveConv2d(2, 2, Interpolated(3, learn_footprint=True), padding="same")
+    layer.family = Interpolated(3)
+    assert sorted(layer.state_dict()) == ["bias", "weight"]
+    x = torch.randn(1, 2, 9, 9)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.kernel.dense(), layer.bias, padding="same"))

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from adaptconv.errors import UnknownKnob
 from adaptconv.problem import Problem
 
 Value = str | int | bool
+_TRANSFORMED = torch._C._are_functorch_transforms_active
 
 
 class Config(Mapping[str, Value]):
@@ -152,6 +154,13 @@ def _value(text: str) -> Value:
     if text in ("True", "False"):
         return text == "True"
     return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def laid_out(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A tensor in a memory format; as it is under a torch.func transform, where formats cannot be asked for."""
+    if memory_format is not torch.contiguous_format and _TRANSFORMED():
+        return t
+    return t.contiguous(memory_format=memory_format)
 
 
 class Backend(ABC):

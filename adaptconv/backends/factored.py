@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends import costs
-from adaptconv.backends.base import Backend, Config, Knob, Space
+from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
 from adaptconv.backends.gather import Gather
 from adaptconv.backends.grid import grid_space, real_constant, run_grid
 from adaptconv.problem import Direction, Padding, Problem
@@ -63,7 +63,7 @@ class Factored(Backend):
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Smooth and convolve, or the other way round for the input's gradient."""
         layout = _working_layout(problem, config)
-        a = a.contiguous(memory_format=_format(problem.axes, layout))
+        a = laid_out(a, _format(problem.axes, layout))
         core = replace(_core(problem), layout=layout)
         knobs = _knobs(config) if problem.axes == 1 else Config({**_knobs(config), "layout": "asis"})
         if problem.direction is Direction.GRAD_INPUT:
@@ -75,7 +75,7 @@ class Factored(Backend):
             if problem.direction is Direction.GRAD_WEIGHT:
                 return run_grid(core, knobs, x, b)
             result = run_grid(core, knobs, x, b, bias)
-        return result.contiguous(memory_format=problem.memory_format)
+        return laid_out(result, problem.memory_format)
 
 
 def _knobs(config: Config, *, smoothing: bool = False) -> Config:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends import costs
-from adaptconv.backends.base import Backend, Config, Knob, Space
+from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
 from adaptconv.backends.grid import picked
 from adaptconv.problem import Direction, Problem
 
@@ -129,7 +129,7 @@ def _forward(problem: Problem, bound: int, x: Tensor, w: Tensor, bias: Tensor | 
         y = whole[0] if len(whole) == 1 else torch.cat(whole)
     if bias is not None:
         y = y + bias.reshape(-1, *(1,) * problem.axes)
-    return y.contiguous(memory_format=problem.memory_format)
+    return laid_out(y, problem.memory_format)
 
 
 def _grad_input(problem: Problem, bound: int, dy: Tensor, w: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _grad_input(problem: Problem, bound: int, dy: Tensor, w: Tensor) -> Tensor:
             for i, t in enumerate(live):
                 _view(problem, chunk, t, rows).add_(spread[:, :, i])
     dx = F.pad(padded, [-zeros for zeros in _pads(problem)]).to(problem.torch_dtype)
-    return dx.contiguous(memory_format=problem.memory_format)
+    return laid_out(dx, problem.memory_format)
 
 
 def _grad_weight(problem: Problem, bound: int, x: Tensor, dy: Tensor) -> Tensor:

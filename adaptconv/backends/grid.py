@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends.base import Config, Knob, Space
+from adaptconv.backends.base import Config, Knob, Space, laid_out
 from adaptconv.kernel import spreading_values
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
@@ -98,7 +98,7 @@ def run_grid(problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tenso
         result = _grad_input(problem, grid, config, memory_format, a, b)
     else:
         return _grad_weight(problem, grid, config, memory_format, a, b)
-    return result.contiguous(memory_format=problem.memory_format)
+    return laid_out(result, problem.memory_format)
 
 
 def never_returns(problem: Problem) -> bool:
@@ -150,11 +150,11 @@ def _forward(
     problem: Problem, grid: Geometry, config: Config, memory_format: torch.memory_format,
     x: Tensor, w: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    weight = w.reshape(*w.shape[:2], *grid.size).contiguous(memory_format=memory_format)
+    weight = laid_out(w.reshape(*w.shape[:2], *grid.size), memory_format)
     padding = grid.symmetric if config["pad"] == "implicit" else None
     if padding is None:
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
-    x = x.contiguous(memory_format=memory_format)
+    x = laid_out(x, memory_format)
     return _CONV[problem.axes](x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
 
 
@@ -167,8 +167,8 @@ def _grad_input(
         # The working format travels as the adjoint's own layout: its knobs are a forward's.
         knobs = Config(layout=config["layout"], pad=config["pad"])
         return run_grid(adjoint, knobs, dy, adjoint_weight(w, problem.groups))
-    weight = w.reshape(*w.shape[:2], *grid.size).contiguous(memory_format=memory_format)
-    dy = dy.contiguous(memory_format=memory_format)
+    weight = laid_out(w.reshape(*w.shape[:2], *grid.size), memory_format)
+    dy = laid_out(dy, memory_format)
     padding = grid.symmetric if config["pad"] == "implicit" else None
     cropped = padding is None
     spatial = problem.spatial
@@ -189,8 +189,8 @@ def _grad_weight(
     padding = grid.symmetric if config["pad"] == "implicit" else None
     if padding is None:
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
-    x = x.contiguous(memory_format=memory_format)
-    dy = dy.contiguous(memory_format=memory_format)
+    x = laid_out(x, memory_format)
+    dy = laid_out(dy, memory_format)
     weight = x.new_empty(1).expand(problem.c_out, problem.c_in // problem.groups, *grid.size)
     dw: Tensor = _backward(problem, grid, dy, x, weight, padding, (False, True, False))[1]
     return dw.flatten(2)
@@ -208,8 +208,8 @@ def _grad_weight_grouped(
     if _loops_forever(problem, batch * problem.c_in, dy.shape[-1], problem.stride[-1]):
         memory_format = torch.contiguous_format
     padded = _padded(x, grid.pads)
-    source = padded.reshape(1, batch * problem.c_in, *padded.shape[2:]).contiguous(memory_format=memory_format)
-    filters = dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]).contiguous(memory_format=memory_format)
+    source = laid_out(padded.reshape(1, batch * problem.c_in, *padded.shape[2:]), memory_format)
+    filters = laid_out(dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]), memory_format)
     padding = (0,) * problem.axes
     dw = _CONV[problem.axes](source, filters, None, grid.dilation, padding, problem.stride, batch * problem.c_in)
     for axis, count in enumerate(grid.size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -163,6 +164,13 @@ class Family(ABC):
                 refused = refused or error
         assert refused is not None
         raise refused
+
+
+def full_precision(device: torch.device) -> Any:
+    """Autocast off: kernels are made in the precision of their parameters, and narrowed for the call."""
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def bound_of_uniform(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:

@@ -8,13 +8,13 @@ kernel is one small matrix product a channel, and its gradients need nothing but
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptconv.errors import ConvArgumentError
+from adaptconv.kernels.base import full_precision
 from adaptconv.kernels.profiles import WITH_SIGMA, Profiles, Rule, profiles, through
 
 
@@ -95,13 +95,6 @@ class _Spread(torch.autograd.Function):
             weight, position, sigma = ctx.saved_tensors
             needs = ctx.needs_input_grad
             return (*_backward(grad, weight, position, sigma, ctx.rule, needs, _in_place()), None)
-
-
-def full_precision(device: torch.device) -> Any:
-    """Autocast off: kernels are made in the precision of their parameters."""
-    if torch._C._is_any_autocast_enabled():
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _in_place() -> bool:

@@ -18,7 +18,7 @@ from adaptconv import functional
 from adaptconv.arguments import checked_padding
 from adaptconv.errors import ConvArgumentError
 from adaptconv.kernel import Kernel
-from adaptconv.kernels.construct import full_precision
+from adaptconv.kernels.base import full_precision
 from adaptconv.kernels.profiles import Rule, profiles
 from adaptconv.problem import Padding
 from adaptconv.taps import TapPattern
