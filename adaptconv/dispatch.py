@@ -199,7 +199,7 @@ def _decide(problem: Problem, pin: Pin | None) -> Plan:
     if nearest is not None:
         return nearest
     notes.append(note)
-    return _from_costs(problem, "; ".join(notes))
+    return plan_from_costs(problem, "; ".join(notes))
 
 
 def _from_pin(problem: Problem, pin: Pin) -> Plan:
@@ -267,7 +267,8 @@ def _best_predicted(backend: Backend, problem: Problem) -> tuple[Choice, float]:
     return Choice(backend.name, backend.version, best), best_us
 
 
-def _from_costs(problem: Problem, note: str) -> Plan:
+def plan_from_costs(problem: Problem, note: str = "the database was not asked") -> Plan:
+    """The plan of predictions alone: what an empty database gives."""
     native = Native()
     accepted = [backend for backend in BACKENDS if not backend.rejects(problem)]
     if not is_modelled(problem.device):

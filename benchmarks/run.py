@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.tune:
         from adaptconv.tuner import tune_problems
 
-        problems = [p for layer in layers for d in directions for p in _problems(layer, d, device).values()]
+        problems = [p for layer in layers for d in directions for p in problems_of(layer, d, device).values()]
         print(tune_problems(problems, budget_s=arguments.budget, force=arguments.force, progress=True), flush=True)
     rows = []
     for layer in layers:
@@ -98,7 +98,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _problems(layer: Layer, direction: Direction, device: torch.device) -> dict[str, Problem]:
+def problems_of(layer: Layer, direction: Direction, device: torch.device) -> dict[str, Problem]:
     """The layer's problem by layout; a 1-D layer has only one."""
     layouts = ("contiguous",) if len(layer.spatial) == 1 else ("contiguous", "channels_last")
     return {layout: layer.problem(direction, layout, device) for layout in layouts}
@@ -121,7 +121,7 @@ def timed(layer: Layer, direction: Direction, device: torch.device, seconds: flo
     """Time one layer in one direction, every variant interleaved."""
     calls: dict[str, Callable[[], object]] = {}
     plans: dict[str, str] = {}
-    for layout, problem in _problems(layer, direction, device).items():
+    for layout, problem in problems_of(layer, direction, device).items():
         a, b = operands(problem, device)
         for choice in native_choices(problem):
             calls[f"native {layout} {choice.backend}"] = _call(problem, choice, a, b)
