@@ -2,7 +2,7 @@
 
 Predictions rank candidates when nothing was measured; they are never shown as measurements. The CPU rates
 are those of two AVX-512 cores and only their ratios matter. Source of the routing rules: oneDNN's
-depthwise kernels (the fast direct one wants channels_last and no dilation, or at most 6 zeros of padding;
+depthwise kernels (the fast direct ones want channels_last and no dilation, or at most 6 zeros of padding;
 anything else runs a reference loop).
 """
 
@@ -86,9 +86,9 @@ def _is_direct(problem: Problem, channels_last: bool, explicit: bool, route: str
     undilated = all(d == 1 for d in grid.dilation)
     narrow = explicit or all(max(pair) <= _JIT_PADDING for pair in problem.padding)
     if problem.direction is Direction.FORWARD or route == "adjoint":
-        return (channels_last and undilated) or (not channels_last and narrow and problem.axes < 3)
-    if route == "grouped":
-        return True
+        return (channels_last and undilated) or (narrow and problem.axes < 3)
+    if route == "grouped":  # few taps, or several outputs a channel, and torch's loop over pixels is not vectorised
+        return problem.c_out == problem.c_in and len(problem.taps) > 1 and not (channels_last and problem.axes == 3)
     if problem.direction is Direction.GRAD_INPUT:
         return undilated and problem.axes < 3
     return undilated and grid.size[-1] <= 3 and problem.axes == 2
