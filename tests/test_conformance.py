@@ -213,7 +213,7 @@ def test_every_backend_runs_much_and_every_case_runs_somewhere() -> None:
         for backend in BACKENDS
     }
     spread = sum(TapPattern.parse(c.taps).footprint is not None for c in CASES)
-    least = {"native": 40, "dense": len(CASES), "gather": len(CASES) - spread, "dual": 8, "factored": 8}
+    least = {"native": 40, "dense": len(CASES), "gather": len(CASES) - spread, "dual": 8, "factored": 8, "cpp": 12}
     for name, cases in accepted.items():
         assert len(cases) >= least.get(name, 1), f"{name} runs only {sorted(cases)}"
     assert len({c.name for c in CASES}) == len(CASES)

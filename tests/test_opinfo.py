@@ -21,6 +21,7 @@ OURS: dict[int, Callable[..., Tensor]] = {1: adaptconv.conv1d, 2: adaptconv.conv
 TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 WAYS = ("default", *adaptconv.backends())
 SAMPLES = {1: 10, 2: 30, 3: 20}
+SELECTIVE = ("dual", "factored", "cpp")  # they leave some problems, or all with a torch weight, to others
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-14}
 
 Arguments = tuple[list[Tensor | None], dict[str, Any]]
@@ -83,7 +84,7 @@ def check(axes: int, name: str, tensors: list[Tensor | None], kwargs: dict[str, 
 @pytest.mark.parametrize("name", WAYS)
 def test_every_sample_is_torchs(name: str, axes: int, dtype: torch.dtype) -> None:
     ran = sum(check(axes, name, tensors, kwargs) for tensors, kwargs in samples(axes, dtype))
-    if name not in ("dual", "factored"):  # a torch weight is one grid without a footprint: those leave it to native
+    if name not in SELECTIVE:  # a torch weight is one grid without a footprint, in groups of any size
         assert ran == SAMPLES[axes]
 
 
@@ -100,7 +101,8 @@ def test_the_samples_are_all_there(capsys: pytest.CaptureFixture[str]) -> None:
                 pairs[name] += check(axes, name, tensors, kwargs)
     errors = sum(len(list(error_inputs(axes))) for axes in AXES)
     assert (count, errors) == (60, 30)
-    assert all(ran in (0, 60) for ran in pairs.values()), pairs
+    assert all(ran in (0, 60) for name, ran in pairs.items() if name != "cpp"), pairs
+    assert 0 < pairs["cpp"] < 60, "the depthwise samples"
     assert pairs["native"] == pairs["dense"] == pairs["gather"] == 60
     with capsys.disabled():
         print(f"\nOpInfo: {count} samples, {errors} error inputs; pairs not rejected: {sum(pairs.values())} {pairs}")
@@ -144,7 +146,7 @@ def test_a_layer_stands_in_for_torchs(name: str, axes: int) -> None:
             with way(name):
                 y = ours(*forward.args, **forward.kwargs)
         except BackendRejected:
-            assert name in ("dual", "factored")
+            assert name in SELECTIVE
             seen += 1
             continue
         expected = theirs(*forward.args, **forward.kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adaptconv.backends.base import Backend, Choice, Config, Knob, Space
+from adaptconv.backends.cpp.backend import Cpp
 from adaptconv.backends.dense import Dense
 from adaptconv.backends.dual import Dual
 from adaptconv.backends.factored import Factored
@@ -10,7 +11,7 @@ from adaptconv.backends.gather import Gather
 from adaptconv.backends.native import Native, is_plain
 from adaptconv.errors import UnknownBackend
 
-BACKENDS: tuple[Backend, ...] = (Native(), Dense(), Gather(), Dual(), Factored())
+BACKENDS: tuple[Backend, ...] = (Native(), Dense(), Gather(), Dual(), Factored(), Cpp())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 

@@ -1,0 +1,117 @@
+"""cpp: depthwise convolution by taps, in C++."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptconv.backends import costs
+from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
+from adaptconv.backends.cpp import build, op
+from adaptconv.backends.grid import adjoint_weight
+from adaptconv.problem import Direction, Problem
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_CALL_US = 25.0
+# A thread's rate, vectors filled. Torch's fast depthwise forward does 1.2 to 1.5 times as much on a dense window and
+# is put at 60 in costs.py, less than it reaches: these keep the ratio, so that dense windows are left to it.
+# On one axis torch's is the slower one.
+_GFLOPS, _GFLOPS_WEIGHT, _GFLOPS_1D = 25.0, 45.0, 75.0
+_LANES = 16
+
+
+class Cpp(Backend):
+    """Multiply-adds of the live taps alone, at any offsets, on rows kept in cache; one input channel a group.
+
+    Weights that are exactly zero are skipped, channel by channel, so that kernels of one window with different holes
+    cost what each has. For finite inputs that changes nothing; where native would make NaN of zero times infinity,
+    a skipped weight adds nothing.
+    """
+
+    name: ClassVar[str] = "cpp"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "depthwise by taps in C++, compiled at first use; zero weights are skipped"
+
+    def rejects(self, problem: Problem) -> str | None:
+        """Declines what its kernel has no loop for, and everything where it cannot be compiled."""
+        return _unsuited(problem) or build.rejection()
+
+    def space(self, problem: Problem) -> Space:
+        """Size of a tile, and rows computed together."""
+        knobs = [Knob("tile_kib", (64, 256, 1024), 256, "upper bound of the input a thread works on at a time, in KiB")]
+        if problem.direction is not Direction.GRAD_WEIGHT and _kernel(problem).axes > 1:
+            knobs.append(Knob("rows", (1, 4), _rows(problem), "output rows whose sums are in registers together"))
+        return Space(tuple(knobs))
+
+    def cost(self, problem: Problem, config: Config) -> float:
+        """Loads and multiply-adds of the live taps, and the traffic of one pass."""
+        here = _kernel(problem)
+        live, offsets = op.flattened(here)
+        width = here.out_spatial[-1]
+        filled = width / (math.ceil(width / _LANES) * _LANES)
+        share = len(live) / max(len(problem.taps), 1)
+        if "rows" in config and offsets:
+            share *= _row_cost(here, int(config["rows"])) / (1.5 * len(offsets))
+        lanes = 2 if problem.dtype == "float64" else 1
+        gflops = _GFLOPS_WEIGHT if problem.direction is Direction.GRAD_WEIGHT else _GFLOPS
+        if problem.axes == 1:
+            gflops = _GFLOPS_1D
+        rate = gflops * max(problem.device.threads, 1) * filled / lanes
+        time = _CALL_US + problem.flops * share / rate * 1e-3 + costs.traffic_us(problem.device, 1.5 * problem.bytes)
+        if problem.memory_format is not torch.contiguous_format:
+            time += costs.traffic_us(problem.device, 3 * problem.bytes)
+        return time + 1e-3 * int(config["tile_kib"] != 256)  # the default wins ties
+
+    def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One opaque op; the gradient of the input is a forward with flipped taps."""
+        if problem.dtype == "float16":  # its sums are float32
+            a, b, bias = a.float(), b.float(), None if bias is None else bias.float()
+        here = _kernel(problem)
+        if problem.direction is Direction.GRAD_INPUT:
+            b = adjoint_weight(b, problem.groups)
+        pads = [zeros for pair in here.padding for zeros in pair]
+        result: Tensor = torch.ops.adaptconv.cpp_taps(
+            str(here.direction), a, b, bias, here.taps.text, here.stride, pads, here.groups,
+            int(config.get("rows", 1)), int(config["tile_kib"]),
+        )  # fmt: skip
+        if problem.dtype == "float16":
+            result = result.half()
+        return result if problem.direction is Direction.GRAD_WEIGHT else laid_out(result, problem.memory_format)
+
+
+def _unsuited(problem: Problem) -> str | None:
+    if problem.device.kind != "cpu":
+        return "its kernel is for CPUs"
+    if problem.dtype not in _DTYPES:
+        return f"it has no kernel for {problem.dtype}"
+    if problem.groups != problem.c_in:
+        return f"it takes one input channel a group, not {problem.c_in // problem.groups}"
+    if problem.taps.footprint is not None:
+        return "its taps carry a footprint"
+    if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is None:
+        return "the gradient of the input under a stride is no forward convolution"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _kernel(problem: Problem) -> Problem:
+    """What the kernel is asked: the problem, or its adjoint for the gradient of the input."""
+    adjoint = problem.adjoint() if problem.direction is Direction.GRAD_INPUT else None
+    return adjoint or problem
+
+
+def _rows(problem: Problem) -> int:
+    """Rows of a block at which an output row costs least."""
+    here = _kernel(problem)
+    return 4 if _row_cost(here, 4) <= 1.02 * _row_cost(here, 1) else 1
+
+
+@lru_cache(maxsize=4096)
+def _row_cost(here: Problem, rows: int) -> float:
+    """What an output row costs in blocks of so many."""
+    _, offsets = op.flattened(here)
+    return op.best_step(offsets, rows, here.stride[-2], here.out_spatial[-2])[1]
