@@ -82,7 +82,8 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 @settings(max_examples=250)
 @given(
-    call=calls(), way=st.sampled_from([None, None, *[b.name for b in BACKENDS if b.name not in ("dual", "factored", "cpp")]])
+    call=calls(),
+    way=st.sampled_from([None, None, *[b.name for b in BACKENDS if b.name not in ("dual", "factored", "cpp")]]),
 )
 def test_every_call_is_torchs(call: dict[str, Any], way: str | None) -> None:
     axes, dtype = call["axes"], call["dtype"]
