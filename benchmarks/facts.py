@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
@@ -28,3 +30,9 @@ def machine_facts(device: torch.device) -> dict[str, object]:
         "adaptconv": __version__,
         "measured_on": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def write_results(path: Path, device: torch.device, **content: object) -> None:
+    """Write a results file: the machine's facts, and what was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine_facts(device), **content}, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ predictions are from never losing.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from tabulate import tabulate
 
 from adaptconv import dispatch, measure, trilinear
 from adaptconv.dispatch import Plan, Source
-from benchmarks.facts import machine_facts
+from benchmarks.facts import write_results
 from benchmarks.run import DIRECTIONS, native_choices, operands, problems_of
 from benchmarks.suites import SUITES
 
@@ -74,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True))
     print(_summary(rows, unknown))
     if arguments.out:
-        content = {"machine": machine_facts(device), "suite": arguments.suite, "rows": [asdict(row) for row in rows]}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.out, device, suite=arguments.suite, rows=[asdict(row) for row in rows])
     return 0
 
 

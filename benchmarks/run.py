@@ -11,7 +11,6 @@ are timed again, longer, before they are believed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from adaptconv import dispatch, measure, trilinear
 from adaptconv.backends import Choice, backend_named
 from adaptconv.problem import Direction, Problem
-from benchmarks.facts import machine_facts
+from benchmarks.facts import write_results
 from benchmarks.suites import SUITES, Layer
 
 DIRECTIONS = {"forward": Direction.FORWARD, "dx": Direction.GRAD_INPUT, "dw": Direction.GRAD_WEIGHT}
@@ -76,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tabulate([_cells(row) for row in rows], headers=_HEADER, tablefmt="github"))
     print(_summary(rows))
     if arguments.out:
-        content = {"machine": machine_facts(device), "suite": arguments.suite, "rows": [asdict(row) for row in rows]}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.out, device, suite=arguments.suite, rows=[asdict(row) for row in rows])
     return 0
 
 
