@@ -277,6 +277,30 @@ def test_unusual_geometry(name: str, direction: Direction, tile_kib: int) -> Non
     torch.testing.assert_close(run(problem, a, b, tile_kib=tile_kib), reference(problem, a, b))
 
 
+RUNS = {  # what float64 has no loops for: taps one above the other, met by several rows of the gradient
+    "taller than the map": problem_of(Direction.GRAD_WEIGHT, "27x5", (14, 18)),
+    "many images between two flushes": problem_of(Direction.GRAD_WEIGHT, "13x3", (14, 9), batch=90),
+    "many columns": problem_of(Direction.GRAD_WEIGHT, "9x2", (30, 700), batch=1),
+    "dilated": problem_of(Direction.GRAD_WEIGHT, "5x3d4x2", (31, 21)),
+    "strided": problem_of(Direction.GRAD_WEIGHT, "6x3", (37, 20), stride=2),
+    "strided and dilated": problem_of(Direction.GRAD_WEIGHT, "4x3d4x1", (41, 20), stride=2),
+    "planes outside": problem_of(Direction.GRAD_WEIGHT, "7x5x3", (3, 6, 17)),
+    "cropped": problem_of(Direction.GRAD_WEIGHT, "5x3", (29, 12), padding=((-3, 2), (3, -4))),
+    "holes": problem_of(Direction.GRAD_WEIGHT, "101/111/101/011/111/110/111", (23, 34)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RUNS)
+def test_weight_gradients_leave_out_only_what_is_zero(name: str, dtype: torch.dtype) -> None:
+    problem = problem_in(RUNS[name], Direction.GRAD_WEIGHT, dtype)
+    a, b = operands_of(problem)
+    exact = reference(problem_in(problem, Direction.GRAD_WEIGHT, torch.float64), a.double(), b.double())
+    error = (run(problem, a, b).double() - exact).norm() / exact.norm()
+    assert error < {torch.float32: 3e-7, torch.float64: 1e-14, torch.bfloat16: 3e-3}[dtype]
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", Direction, ids=str)

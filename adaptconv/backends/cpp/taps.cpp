@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 namespace {
 
@@ -24,6 +25,7 @@ constexpr int kBytes = 16, kAcross = 2, kAlone = 8, kTaps = 8;
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 using i64 = int64_t;
 struct bf16 { uint16_t bits; };
@@ -102,8 +104,9 @@ Tile tile_of(const Spec& s, const Shape& b, i64 index) {
   return t;
 }
 
-// Copies what a tile reads of one plane; places outside the input become zero.
-template <class S, class A> void fill(const Spec& s, const Shape& b, const Tile& t, const S* x, A* to) {
+// Copies what a tile reads of one plane; places outside the input become zero. With `again` they are zero already:
+// the buffer last held the same tile of another plane.
+template <class S, class A> void fill(const Spec& s, const Shape& b, const Tile& t, const S* x, A* to, bool again) {
   i64 first[3], need[3];
   for (int i = 0; i < 3; i++) {
     first[i] = t.from[i] * s.stride[i] - s.before[i];
@@ -115,7 +118,7 @@ template <class S, class A> void fill(const Spec& s, const Shape& b, const Tile&
       A* row = to + d * b.plane + h * b.row;
       const i64 z = first[0] + d, y = first[1] + h;
       if (z < 0 || z >= s.size[0] || y < 0 || y >= s.size[1]) {
-        memset(row, 0, size_t(b.row) * sizeof(A));
+        if (!again) memset(row, 0, size_t(b.row) * sizeof(A));
         continue;
       }
       const S* from = x + (z * s.size[1] + y) * s.size[2];
@@ -125,13 +128,15 @@ template <class S, class A> void fill(const Spec& s, const Shape& b, const Tile&
         i64 begin = start < 0 ? (-start + step - 1) / step : 0;
         i64 end = s.size[2] - start <= 0 ? 0 : (s.size[2] - start + step - 1) / step;
         begin = least(begin, b.phase), end = most(begin, least(end, b.phase));
-        for (i64 i = 0; i < begin; i++) line[i] = A(0);
+        if (!again) {
+          memset(line, 0, size_t(begin) * sizeof(A));
+          memset(line + end, 0, size_t(b.phase - end) * sizeof(A));
+        }
         if (step == 1) {
           for (i64 i = begin; i < end; i++) line[i] = widened(from[start + i]);
         } else {
           for (i64 i = begin; i < end; i++) line[i] = widened(from[start + i * step]);
         }
-        for (i64 i = end; i < b.phase; i++) line[i] = A(0);
       }
     }
   }
@@ -288,13 +293,15 @@ template <class S, class A, int R> void forward(Call& call) {
     const i64 tiles = b.tiles[0] * b.tiles[1] * b.tiles[2], total = s.groups * s.batch * tiles;
     const i64 pixels = s.size[0] * s.size[1] * s.size[2], outs = s.out[0] * s.out[1] * s.out[2];
     const i64 chunk = most(1, total / (s.threads * 16));
-    i64 planned = -1;
+    i64 planned = -1, filled = -1;
     for (i64 from; (from = call.next.fetch_add(chunk)) < total;) {
       for (i64 job = from; job < least(from + chunk, total); job++) {
         const i64 g = job / (s.batch * tiles), n = job / tiles % s.batch;
         const Tile t = tile_of(s, b, job % tiles);
         for (i64 j = 0; j < s.ins; j++)
-          fill<S, A>(s, b, t, (const S*)call.a + ((n * s.groups + g) * s.ins + j) * pixels, buffer + j * b.volume);
+          fill<S, A>(s, b, t, (const S*)call.a + ((n * s.groups + g) * s.ins + j) * pixels, buffer + j * b.volume,
+                     job % tiles == filled);
+        filled = job % tiles;
         if (tiles == 1 && job + 1 < total) {
           const i64 after = (job + 1) % s.batch * s.groups + (job + 1) / s.batch;
           announce((const S*)call.a + after * s.ins * pixels, s.ins * pixels);
@@ -338,35 +345,53 @@ template <class S, class A, int R> void forward(Call& call) {
 // ---- gradient of the weight ------------------------------------------------------------------------------------
 
 constexpr i64 kFlush = 512;  // additions a lane before its sum is moved to double
+constexpr int kRows = 7;     // of the gradient in registers together: maps are multiples of 7 more often than not
 
-template <class A, int K> INLINE void flushed(typename Vec<A>::type (&part)[K], double* sums) {
-#pragma GCC unroll 8
-  for (int k = 0; k < K; k++) {
+// A vector whose lanes past the row's end count as zeros: they must not count as zero times infinity.
+#if defined(__AVX512F__)
+INLINE Vec<float>::type kept(const float* from, i64 lanes) {
+  return (Vec<float>::type)__builtin_ia32_loadups512_mask(from, Vec<float>::type{}, (unsigned short)((1u << lanes) - 1));
+}
+INLINE Vec<double>::type kept(const double* from, i64 lanes) {
+  return (Vec<double>::type)__builtin_ia32_loadupd512_mask(from, Vec<double>::type{}, (unsigned char)((1u << lanes) - 1));
+}
+#else
+template <class A> INLINE typename Vec<A>::type kept(const A* from, i64 lanes) {
+  typedef typename Vec<A>::mask mask;
+  mask keep;
+  for (int i = 0; i < kLanes<A>; i++) keep[i] = i < lanes ? -1 : 0;
+  return (typename Vec<A>::type)((mask)(typename Vec<A>::type)*(const typename Vec<A>::loose*)from & keep);
+}
+#endif
+
+// Moves the lanes of some taps to their sums in double.
+template <class A> void flush(typename Vec<A>::type* lanes, i64 taps, double* sums) {
+  constexpr int half = kLanes<A> / 2;
+  for (i64 k = 0; k < taps; k++) {
     A line[kLanes<A>];
-    *(typename Vec<A>::loose*)line = part[k];
-    double sum = 0;
-    for (int i = 0; i < kLanes<A>; i++) sum += double(line[i]);
-    sums[k] += sum;
-    part[k] = typename Vec<A>::type{};
+    *(typename Vec<A>::loose*)line = lanes[k];
+    double wide[half];
+    for (int i = 0; i < half; i++) wide[i] = double(line[i]) + double(line[i + half]);
+    for (int n = half / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; i++) wide[i] += wide[i + n];
+    sums[k] += wide[0];
+    lanes[k] = typename Vec<A>::type{};
   }
 }
 
-// Adds to sums[k] what K taps see: the dot products of the gradient's rows with the input's, shifted.
+// Adds to lanes[k] what K taps see: the dot products of the gradient's rows with the input's, shifted.
 template <class A, int K>
-void correlate(const A* x, const A* dy, const i64* at, i64 rows, i64 x_row, i64 dy_row, i64 columns, double* sums) {
+void correlate(const A* x, const A* dy, const i64* at, i64 rows, i64 x_row, i64 dy_row, i64 columns,
+               typename Vec<A>::type* lanes) {
   typedef typename Vec<A>::type vec;
   typedef typename Vec<A>::loose loose;
-  typedef typename Vec<A>::mask mask;
   constexpr int L = kLanes<A>;
   const i64 whole = columns / L * L, rest = columns - whole;
-  mask keep = {};
-  for (int i = 0; i < L; i++) keep[i] = i < rest ? -1 : 0;
   i64 from[K];
   for (int k = 0; k < K; k++) from[k] = at[k];
   vec part[K];
 #pragma GCC unroll 8
-  for (int k = 0; k < K; k++) part[k] = vec{};
-  i64 done = 0;
+  for (int k = 0; k < K; k++) part[k] = lanes[k];
   for (i64 r = 0; r < rows; r++) {
     const A *xr = x + r * x_row, *dyr = dy + r * dy_row;
     for (i64 c = 0; c < whole; c += L) {
@@ -374,74 +399,120 @@ void correlate(const A* x, const A* dy, const i64* at, i64 rows, i64 x_row, i64 
 #pragma GCC unroll 8
       for (int k = 0; k < K; k++) part[k] += g * (vec)*(const loose*)(xr + from[k] + c);
     }
-    if (rest) {  // what lies past the row must not count, not even as zero times infinity
+    if (rest) {
       const vec g = *(const loose*)(dyr + whole);
 #pragma GCC unroll 8
-      for (int k = 0; k < K; k++) part[k] += g * (vec)((mask)(vec)*(const loose*)(xr + from[k] + whole) & keep);
+      for (int k = 0; k < K; k++) part[k] += g * kept(xr + from[k] + whole, rest);
     }
-    done += columns / L + 1;
-    if (done >= kFlush || r == rows - 1) flushed<A, K>(part, sums), done = 0;
   }
+#pragma GCC unroll 8
+  for (int k = 0; k < K; k++) lanes[k] = part[k];
 }
 
 // The same for K taps one above the other, as far apart as the rows of a block: a loaded row of the input meets every
 // row of the gradient in the block that some tap pairs it with.
 template <class A, int K>
-void correlate_run(const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 dy_row, i64 columns, double* sums) {
+void correlate_run(const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 dy_row, i64 columns,
+                   typename Vec<A>::type* lanes) {
   typedef typename Vec<A>::type vec;
   typedef typename Vec<A>::loose loose;
-  typedef typename Vec<A>::mask mask;
-  constexpr int L = kLanes<A>, R = 4;
-  const i64 whole = columns / L * L, rest = columns - whole, apart = step * x_row;
-  mask keep = {}, all = {};
-  for (int i = 0; i < L; i++) keep[i] = i < rest ? -1 : 0, all[i] = -1;
+  constexpr int L = kLanes<A>;
+  const i64 apart = step * x_row, between = step * dy_row;
   vec part[K];
 #pragma GCC unroll 8
-  for (int k = 0; k < K; k++) part[k] = vec{};
-  i64 done = 0;
+  for (int k = 0; k < K; k++) part[k] = lanes[k];
+  const auto meet = [&](auto count, const A* from, const A* grads, auto&& seen) INLINE_LAMBDA {  // a block's column
+    constexpr int N = decltype(count)::value;
+    vec g[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++, grads += between) g[i] = *(const loose*)grads;
+#pragma GCC unroll 16
+    for (int r = 0; r < K + N - 1; r++, from += apart) {
+      const vec here = seen(from);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++)
+        if (r - i >= 0 && r - i < K) part[r - i < 0 ? 0 : r - i >= K ? 0 : r - i] += g[i] * here;
+    }
+  };
+  const auto all = [](const A* from) INLINE_LAMBDA -> vec { return *(const loose*)from; };
+  const i64 whole = columns / L * L, rest = columns - whole;
+  const auto some = [rest](const A* from) INLINE_LAMBDA -> vec { return kept(from, rest); };
   for (i64 p = 0; p < least(step, rows); p++) {
     i64 h = p;
-    for (; h + (R - 1) * step < rows; h += R * step) {
-      for (i64 c = 0; c < columns; c += L) {
-        const mask kept = c < whole ? all : keep;
-        const A* from = x + h * x_row + c;
-        vec g[R];
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) g[i] = *(const loose*)(dy + (h + i * step) * dy_row + c);
-#pragma GCC unroll 16
-        for (int r = 0; r < K + R - 1; r++) {
-          const vec seen = (vec)((mask)(vec)*(const loose*)(from + r * apart) & kept);
-#pragma GCC unroll 8
-          for (int i = 0; i < R; i++)
-            if (r - i >= 0 && r - i < K) part[r - i < 0 ? 0 : r - i >= K ? 0 : r - i] += g[i] * seen;
-        }
+    const auto blocks = [&](auto count) INLINE_LAMBDA {
+      for (; h + (count - 1) * step < rows; h += count * step) {
+        const A *from = x + h * x_row, *grads = dy + h * dy_row;
+        for (i64 c = 0; c < whole; c += L) meet(count, from + c, grads + c, all);
+        if (rest) meet(count, from + whole, grads + whole, some);
       }
-      done += R * (columns / L + 1);
-      if (done >= kFlush) flushed<A, K>(part, sums), done = 0;
-    }
-    for (; h < rows; h += step) {
-      for (i64 c = 0; c < columns; c += L) {
-        const mask kept = c < whole ? all : keep;
-        const vec g = *(const loose*)(dy + h * dy_row + c);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; k++)
-          part[k] += g * (vec)((mask)(vec)*(const loose*)(x + h * x_row + k * apart + c) & kept);
-      }
-    }
+    };
+    blocks(std::integral_constant<int, kRows>());
+    blocks(std::integral_constant<int, 1>());
   }
-  flushed<A, K>(part, sums);
+#pragma GCC unroll 8
+  for (int k = 0; k < K; k++) lanes[k] = part[k];
 }
 
 template <class A, int K> struct Runs {
   static INLINE void run(i64 length, const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 dy_row, i64 columns,
-                         double* sums) {
-    if (length == K) correlate_run<A, K>(x, dy, rows, step, x_row, dy_row, columns, sums);
-    else Runs<A, K - 1>::run(length, x, dy, rows, step, x_row, dy_row, columns, sums);
+                         typename Vec<A>::type* lanes) {
+    if (length == K) correlate_run<A, K>(x, dy, rows, step, x_row, dy_row, columns, lanes);
+    else Runs<A, K - 1>::run(length, x, dy, rows, step, x_row, dy_row, columns, lanes);
   }
 };
 template <class A> struct Runs<A, 2> {
-  static INLINE void run(i64, const A*, const A*, i64, i64, i64, i64, i64, double*) {}
+  static INLINE void run(i64, const A*, const A*, i64, i64, i64, i64, i64, typename Vec<A>::type*) {}
 };
+
+// What the rows of one tile are correlated from, and into.
+template <class A> struct Rows {
+  const A *x, *dy;
+  i64 dy_row, x_row;
+  const i64* places;
+  typename Vec<A>::type* lanes;
+};
+
+// All taps over the rows top to bottom of the gradient in plane d of a tile. Rows that meet no row of the input through
+// any tap of a group are left out, and with them most of a small map under a large window.
+template <class A>
+void tile_rows(const Spec& s, const Shape& b, const Tile& t, const i64* steps, const Rows<A>& of, i64 d, i64 top,
+               i64 bottom) {
+  const i64* lengths = steps + s.taps * 3;  // of the runs, whose taps come first
+  const A* xs = of.x + d * s.stride[0] * b.plane;
+  const A* dys = of.dy + d * s.tile[1] * of.dy_row;
+  const i64 z0 = (t.from[0] + d) * s.stride[0] - s.before[0], y0 = t.from[1] * s.stride[1] - s.before[1];
+  const auto first_at = [&](i64 y) {  // the first row that reaches input row `y` or one below it
+    return y <= 0 ? 0 : s.stride[1] == 1 ? y : (y + s.stride[1] - 1) / s.stride[1];  // a division takes a while
+  };
+  i64 k = 0;
+  if constexpr (sizeof(A) == 4) {  // float64 goes without, for the sake of the time to compile
+    for (i64 r = 0; r < s.steps; k += lengths[r++]) {
+      const i64 *at = steps + k * 3, y = y0 + at[1], reach = (lengths[r] - 1) * s.step * s.stride[1];
+      if (z0 + at[0] < 0 || z0 + at[0] >= s.size[0]) continue;
+      const i64 from = most(top, first_at(-y - reach)), end = least(bottom, first_at(s.size[1] - y));
+      if (from < end)
+        Runs<A, kTaps>::run(lengths[r], xs + of.places[k] + from * of.x_row, dys + from * of.dy_row, end - from, s.step,
+                            of.x_row, of.dy_row, t.count[2], of.lanes + k);
+    }
+  }
+  const auto several = [&](auto count) {
+    constexpr int K = decltype(count)::value;
+    i64 low = steps[k * 3 + 1], high = low, inside = 0;
+    for (i64 i = k; i < k + K; i++) {
+      low = least(low, steps[i * 3 + 1]), high = most(high, steps[i * 3 + 1]);
+      inside += z0 + steps[i * 3] >= 0 && z0 + steps[i * 3] < s.size[0];
+    }
+    const i64 from = most(top, first_at(-y0 - high)), end = least(bottom, first_at(s.size[1] - y0 - low));
+    if (inside && from < end)
+      correlate<A, K>(xs + from * of.x_row, dys + from * of.dy_row, of.places + k, end - from, of.x_row, of.dy_row,
+                      t.count[2], of.lanes + k);
+    k += K;
+  };
+  while (k + kTaps <= s.taps) several(std::integral_constant<int, kTaps>());
+  while (k + 4 <= s.taps) several(std::integral_constant<int, 4>());
+  if (k + 3 == s.taps) several(std::integral_constant<int, 3>());
+  while (k < s.taps) several(std::integral_constant<int, 1>());
+}
 
 template <class S, class A> void grad_weight(Call& call) {
   const Spec& s = *call.spec;
@@ -450,23 +521,29 @@ template <class S, class A> void grad_weight(Call& call) {
   const i64 channels = s.groups * s.outs, tiles = b.tiles[0] * b.tiles[1] * b.tiles[2];
   const i64 pixels = s.size[0] * s.size[1] * s.size[2], outs = s.out[0] * s.out[1] * s.out[2];
   const i64 dy_row = (s.tile[2] + L - 1) / L * L;
-  const i64* lengths = call.steps + s.taps * 3;  // of the runs, whose taps come first
   A* x = room<A>(b.total);
   A* dy = room<A>(dy_row * s.tile[0] * s.tile[1] + L);
   i64* places = room<i64>(s.taps);
-  if (x && dy && places) {
+  auto* lanes = (typename Vec<A>::type*)room<A>(s.taps * L);
+  const i64 block = kRows * s.step, vectors = (s.tile[2] + L - 1) / L;
+  const i64 chunk = most(block, kFlush / vectors / block * block);
+  if (x && dy && places && lanes) {
+    memset((void*)lanes, 0, size_t(s.taps * L) * sizeof(A));
     memset(x, 0, size_t(b.total) * sizeof(A));
     memset(dy, 0, size_t(dy_row * s.tile[0] * s.tile[1] + L) * sizeof(A));
     for (i64 k = 0; k < s.taps; k++) places[k] = place(s, b, call.steps + k * 3);
     const i64 work = s.batch * tiles, total = channels * s.parts;
+    i64 filled = -1;
     for (i64 job; (job = call.next.fetch_add(1)) < total;) {
       const i64 o = job / s.parts, part = job % s.parts;
       double* sums = (double*)call.y + job * s.taps;
       for (i64 k = 0; k < s.taps; k++) sums[k] = 0;
+      i64 pending = 0;  // additions a lane since the last flush
       for (i64 i = work * part / s.parts; i < work * (part + 1) / s.parts; i++) {
         const i64 n = i / tiles;
         const Tile t = tile_of(s, b, i % tiles);
-        fill<S, A>(s, b, t, (const S*)call.a + (n * s.groups + o / s.outs) * pixels, x);
+        fill<S, A>(s, b, t, (const S*)call.a + (n * s.groups + o / s.outs) * pixels, x, i % tiles == filled);
+        filled = i % tiles;
         const S* from = (const S*)call.b + (n * channels + o) * outs;
         for (i64 d = 0; d < t.count[0]; d++)
           for (i64 h = 0; h < t.count[1]; h++) {
@@ -479,33 +556,22 @@ template <class S, class A> void grad_weight(Call& call) {
           announce((const S*)call.a + ((n + 1) * s.groups + o / s.outs) * pixels, pixels);
           announce((const S*)call.b + ((n + 1) * channels + o) * outs, outs);
         }
-        const i64 x_row = b.row * s.stride[1];
+        const Rows<A> rows{x, dy, dy_row, b.row * s.stride[1], places, lanes};
         for (i64 d = 0; d < t.count[0]; d++) {
-          const A* xs = x + d * s.stride[0] * b.plane;
-          const A* dys = dy + d * s.tile[1] * dy_row;
-          i64 k = 0;
-          if constexpr (sizeof(A) == 4) {  // float64 goes without, for the sake of the time to compile
-            for (i64 r = 0; r < s.steps; k += lengths[r++])
-              Runs<A, kTaps>::run(lengths[r], xs + places[k], dys, t.count[1], s.step, x_row, dy_row, t.count[2],
-                                  sums + k);
+          for (i64 top = 0; top < t.count[1]; top += chunk) {
+            const i64 bottom = least(top + chunk, t.count[1]), additions = (bottom - top) * ((t.count[2] + L - 1) / L);
+            if (pending + additions > kFlush) flush<A>(lanes, s.taps, sums), pending = 0;
+            pending += additions;
+            tile_rows<A>(s, b, t, call.steps, rows, d, top, bottom);
           }
-          for (; k + kTaps <= s.taps; k += kTaps)
-            correlate<A, kTaps>(xs, dys, places + k, t.count[1], x_row, dy_row, t.count[2], sums + k);
-          for (; k + 4 <= s.taps; k += 4)
-            correlate<A, 4>(xs, dys, places + k, t.count[1], x_row, dy_row, t.count[2], sums + k);
-          if (k + 3 == s.taps) {
-            correlate<A, 3>(xs, dys, places + k, t.count[1], x_row, dy_row, t.count[2], sums + k);
-            k += 3;
-          }
-          for (; k < s.taps; k++)
-            correlate<A, 1>(xs, dys, places + k, t.count[1], x_row, dy_row, t.count[2], sums + k);
         }
       }
+      flush<A>(lanes, s.taps, sums);
     }
   } else {
     call.failed = 1;
   }
-  free(x), free(dy), free(places);
+  free(x), free(dy), free(places), free(lanes);
 }
 
 template <class S, class A> void work(void* data) {
