@@ -175,8 +175,7 @@ def _grad_input(
     if padding is None:
         padding = (0,) * problem.axes
         spatial = tuple(extent + sum(pair) for extent, pair in zip(spatial, grid.padding, strict=True))
-    # Only its shape is read: a stride-0 view stands for the input.
-    x = dy.new_empty(1).expand(problem.batch, problem.c_in, *spatial)
+    x = _stand_in(dy, (problem.batch, problem.c_in, *spatial), memory_format)
     dx: Tensor = _backward(problem, grid, dy, x, weight, padding, (True, False, False))[0]
     return _padded(dx, [-zeros for zeros in grid.pads]) if cropped else dx
 
@@ -191,7 +190,7 @@ def _grad_weight(
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
     x = laid_out(x, memory_format)
     dy = laid_out(dy, memory_format)
-    weight = x.new_empty(1).expand(problem.c_out, problem.c_in // problem.groups, *grid.size)
+    weight = _stand_in(x, (problem.c_out, problem.c_in // problem.groups, *grid.size), memory_format)
     dw: Tensor = _backward(problem, grid, dy, x, weight, padding, (False, True, False))[1]
     return dw.flatten(2)
 
@@ -223,6 +222,13 @@ def _padded(x: Tensor, pads: list[int]) -> Tensor:
     if any(zeros + extent < 0 for zeros, extent in zip(pads, extents, strict=True)):
         x, pads = F.pad(x, [max(zeros, 0) for zeros in pads]), [min(zeros, 0) for zeros in pads]
     return F.pad(x, pads)
+
+
+def _stand_in(like: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
+    """What torch's backward asks for and does not compute with: it reads the shape, and routes by the format."""
+    if laid_out(like, memory_format) is like and memory_format is not torch.contiguous_format:
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return like.new_empty(shape)
 
 
 def _backward(
