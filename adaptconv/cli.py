@@ -20,6 +20,7 @@ examples:
   adaptconv report mypackage.models:factory       what optimize() would do with it, and why
   adaptconv explain --input 4,64,56,56 --weight 64,1,7,7 --dilation 3 --padding 9 --groups 64
   adaptconv doctor                                what this machine has, and what that means
+  adaptconv doctor --calibrate                    once a machine: predict with its own speeds
 
 a factory is a function of no arguments that returns (model, example_inputs)
 """
@@ -90,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     uses = "verify PATH; export DIR; merge OUT IN...; diff A B"
     db.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=uses)
 
-    command("doctor", "what this machine has (torch, triton, compiler, GPU, database) and what that means", _doctor)
+    doctor = command("doctor", "what this machine has (torch, compiler, GPU, database) and what that means", _doctor)
+    calibrate = "measure what predictions rest on, in under 10 s on an idle machine, and keep it where tuning writes"
+    doctor.add_argument("--calibrate", action="store_true", help=calibrate)
+    doctor.add_argument("--budget", type=_seconds, default=6.0, metavar="6s", help="time for --calibrate to measure")
     return parser
 
 
@@ -219,5 +223,9 @@ def _db(a: argparse.Namespace) -> int:
 def _doctor(a: argparse.Namespace) -> int:
     from adaptconv import doctor
 
-    print(doctor.examine())
-    return 0
+    if not a.calibrate:
+        print(doctor.examine())
+        return 0
+    text, kept = doctor.calibrate(a.budget, lambda line: print(line, file=sys.stderr, flush=True))
+    print(text)
+    return 0 if kept else 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 
-from adaptconv import measure
+from adaptconv import calibration, measure
 from adaptconv._version import __version__
 from adaptconv.problem import Device
 from adaptconv.records import Store, default_store
@@ -42,8 +42,34 @@ class Finding:
 def examine() -> str:
     """Look at everything; about two seconds, most of it measuring the processor."""
     lines = [f"adaptconv {__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
-    lines += [str(finding) for finding in (*_versions(), *_compilers(), *_devices(), *_database(default_store()))]
+    found = (*_versions(), *_compilers(), *_devices(), *_database(default_store()), _calibration(default_store()))
+    lines += [str(finding) for finding in found]
     return "\n".join(lines)
+
+
+def calibrate(budget_s: float, progress: Callable[[str], None] | None = None) -> tuple[str, bool]:
+    """Measure the constants of the cost model for this CPU and keep them where tuning writes.
+
+    Returns:
+        The table in words, and whether it was kept.
+    """
+    outcome = calibration.calibrate(budget_s, progress=progress)
+    return str(outcome), outcome.path is not None
+
+
+def _calibration(store: Store) -> Finding:
+    device = Device.of(torch.device("cpu"))
+    found = list(store.calibrations(device))
+    current = next((calibrated for calibrated in found if calibrated.current), None)
+    again = "adaptconv doctor --calibrate measures this CPU, in under 10 s"
+    if current is not None:
+        made = current.calibration
+        return Finding("good", "calibration", f"{current.layer} layer, measured {made.measured_on}: {current.path}")
+    if found:
+        fact = f"that of the {found[0].layer} layer was measured under another toolchain"
+        return Finding("note", "calibration", fact, f"predictions use the shipped defaults; {again}")
+    fact = f"none for {device.slug}"
+    return Finding("note", "calibration", fact, f"predictions use the shipped defaults; {again}")
 
 
 def _versions() -> Iterator[Finding]:

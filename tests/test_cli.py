@@ -7,6 +7,7 @@ import json
 import pytest
 
 from adaptconv import cli, records
+from tests.test_rates import _steady
 from tests.test_reports import _problem, _remember
 
 FACTORY = """
@@ -134,6 +135,21 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     assert "C++ compiler: none found" in out
     assert "runs them uncompiled" in out
     assert "tuning writes to" in out
+
+
+def test_doctor_calibrates_and_says_so_afterwards(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("adaptconv.calibration._timed", _steady)  # a busy machine must not decide the test
+    assert "calibration: none for" in run(capsys, "doctor")[1]
+    status, out, err = run(capsys, "doctor", "--calibrate", "--budget", "0.01s")
+    assert status == 0
+    assert all(word in out for word in ("gemm_gflops", "default", "GFLOP/s a thread", "kept in"))
+    assert "pass 1 of 3" in err
+    assert "calibration: override layer, measured" in run(capsys, "doctor")[1]
+    (tmp_path / "file").write_text("in the way")
+    records.use_database(tmp_path / "file")
+    status, out, _ = run(capsys, "doctor", "--calibrate", "--budget", "0.01s")
+    assert status == 1
+    assert "not kept" in out
 
 
 def test_interrupting_is_not_a_traceback(capsys, monkeypatch):

@@ -36,7 +36,7 @@ PROBLEM = CASES[0].problem(Direction.FORWARD, torch.float32)
 # From the ground up; a module may import its own floor and those below it, never one above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
-    ("grids", "tap_text", "taps", "measure"),
+    ("grids", "tap_text", "taps", "measure", "rates"),
     ("problem",),
     ("arguments", "plots", "kernel", "reference", "records"),
     ("backends",),
@@ -50,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("swap",),
     ("compile",),
     ("tuner", "reports"),
-    ("databases", "doctor"),
+    ("databases", "probes", "calibration", "doctor"),
     ("cli",),
     ("__main__", ""),
 )

@@ -1,40 +1,59 @@
-"""Predicted times on a CPU: arithmetic and traffic over rates, with torch's routing rules.
+"""Predicted times on a CPU: arithmetic and traffic over a device's rates, with torch's routing rules.
 
-Predictions rank candidates when nothing was measured; they are never shown as measurements. The CPU rates
-are those of two AVX-512 cores and only their ratios matter. Source of the routing rules: oneDNN's
-depthwise kernels (the fast direct ones want channels_last and no dilation, or at most 6 zeros of padding;
-anything else runs a reference loop).
+Predictions rank candidates when nothing was measured; they are never shown as measurements. Source of the
+routing rules: oneDNN's depthwise kernels (the fast direct ones want channels_last and no dilation, or at most
+6 zeros of padding; anything else runs a reference loop).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
+from adaptconv import records
 from adaptconv.backends.base import Config
 from adaptconv.problem import Device, Direction, Problem
+from adaptconv.rates import DEFAULTS, Rates
 
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What a processor does in a second.
-
-    Attributes:
-        gemm_gflops: large matrix product, GFLOP/s a thread.
-        direct_gflops: a vectorised depthwise kernel, likewise.
-        slow_gflops: the reference loop, likewise.
-        copy_gbytes: copy bandwidth, GB/s read plus written.
-        call_us: fixed cost of one torch call.
-    """
-
-    gemm_gflops: float
-    direct_gflops: float
-    slow_gflops: float
-    copy_gbytes: float
-    call_us: float
-
-
-_CPU = Rates(gemm_gflops=90.0, direct_gflops=60.0, slow_gflops=3.5, copy_gbytes=40.0, call_us=8.0)
 _JIT_PADDING = 6  # zeros on one side that the fast contiguous depthwise kernel tolerates
+_ASSUMED: ContextVar[Rates | None] = ContextVar("adaptconv_assumed_rates", default=None)
+_assumed = _ASSUMED.get
+_known: dict[Device, tuple[int, Rates]] = {}  # by device, with the epoch of the database they were read in
+_last: tuple[Device | None, int, Rates] = (None, -1, DEFAULTS)
+
+
+def rates(device: Device) -> Rates:
+    """The constants of a device: its calibration if the database holds a current one, else the defaults.
+
+    Read when first asked for, and again when a store of this process was written or replaced, as dispatch does
+    with its plans: the same database and problem give the same prediction. What cannot be used is warned of once
+    by the database, and the defaults hold.
+    """
+    global _last
+    assumed = _assumed()
+    if assumed is not None:
+        return assumed
+    epoch = records.epoch()
+    last = _last  # one read: other threads replace it whole
+    if last[0] is device and last[1] == epoch:
+        return last[2]
+    known = _known.get(device)
+    if known is None or known[0] != epoch:
+        found = records.default_store().calibration(device) if is_modelled(device) else None
+        known = _known[device] = (epoch, DEFAULTS if found is None else found.calibration.rates)
+    _last = (device, *known)
+    return known[1]
+
+
+@contextmanager
+def assuming(constants: Rates) -> Iterator[None]:
+    """Predict with these constants instead of the device's, in the calls of ``cost`` made inside."""
+    token = _ASSUMED.set(constants)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
 
 
 def _threads(device: Device) -> int:
@@ -42,34 +61,42 @@ def _threads(device: Device) -> int:
 
 
 def traffic_us(device: Device, count_bytes: float) -> float:
-    """Microseconds to move this many bytes."""
-    return count_bytes / _CPU.copy_gbytes * 1e-3
+    """Microseconds to move this many bytes in order."""
+    return count_bytes / rates(device).copy_gbytes * 1e-3
 
 
-def gemm_us(problem: Problem, flops: float) -> float:
-    """Microseconds of a matrix product; thin ones (few channels a group) run at a fraction of the rate."""
-    rate = _CPU.gemm_gflops * _threads(problem.device) * _width(problem)
-    return flops / rate * 1e-3 + _CPU.call_us
+def relayout_us(device: Device, count_bytes: float) -> float:
+    """Microseconds to move this many bytes from one memory format into another."""
+    return count_bytes / rates(device).relayout_gbytes * 1e-3
 
 
-def _width(problem: Problem) -> float:
-    """How well a group's channels fill a matrix unit, 0 to 1."""
+def columns_us(problem: Problem, flops: float, count_bytes: float) -> float:
+    """Microseconds of gathered columns, so many bytes written and read, and of their matrix product.
+
+    Thin products (few channels a group) run at a fraction of the full rate.
+    """
+    rate = rates(problem.device)
     ins, outs = problem.c_in // problem.groups, problem.c_out // problem.groups
-    return min(1.0, ins / 16) ** 0.5 * min(1.0, outs / 16) if outs > 1 else 0.02
+    gflops = rate.matvec_gflops
+    if outs > 1:
+        gflops = rate.product_gflops * min(1.0, ins / 16) ** 0.5 * min(1.0, outs / 16)
+    product = flops / (gflops * _threads(problem.device)) * 1e-3
+    return product + rate.gather_call_us + count_bytes / rate.columns_gbytes * 1e-3
 
 
-def grid_us(problem: Problem, config: Config) -> float:
-    """Microseconds of one grid through torch's convolution under its knobs."""
-    rate = _CPU
+def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> float:
+    """Microseconds of one grid through torch's convolution under its knobs; ``call_us`` is its fixed cost."""
+    rate = rates(problem.device)
     threads = _threads(problem.device)
     asis = config["layout"] == "asis"
     channels_last = (problem.layout != "contiguous") == asis
     explicit = config["pad"] == "explicit"
-    time = rate.call_us + traffic_us(problem.device, problem.bytes)
+    size = problem.bytes
+    time = (rate.call_us if call_us is None else call_us) + size / rate.copy_gbytes * 1e-3
     if not asis:
-        time += traffic_us(problem.device, 3 * problem.bytes)
+        time += 3 * size / rate.relayout_gbytes * 1e-3
     if explicit:
-        time += traffic_us(problem.device, problem.bytes)
+        time += size / rate.copy_gbytes * 1e-3
     if problem.groups == 1:
         return time + problem.flops / (rate.gemm_gflops * threads) * 1e-3
     gflops = rate.slow_gflops

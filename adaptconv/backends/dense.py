@@ -54,7 +54,8 @@ class Dense(Backend):
         """The dense convolution's, plus writing the window."""
         filled = _filled(problem)
         written = 8 * filled.c_out * filled.taps.window_taps
-        return costs.grid_us(filled, config) + costs.traffic_us(filled.device, written)
+        call_us = costs.rates(filled.device).dense_call_us
+        return costs.grid_us(filled, config, call_us) + costs.traffic_us(filled.device, written)
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Expand the weight, or pick the taps out of the dense weight's gradient."""

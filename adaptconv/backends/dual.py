@@ -60,7 +60,8 @@ class Dual(Backend):
         """The sum of its parts and of adding them up."""
         parts = _parts(problem)
         adds = (len(parts) - 1) * 3 * problem.bytes // 2
-        return sum(costs.grid_us(part, config) for _, part in parts) + costs.traffic_us(problem.device, adds)
+        call_us = costs.rates(problem.device).dual_call_us
+        return sum(costs.grid_us(part, config, call_us) for _, part in parts) + costs.traffic_us(problem.device, adds)
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run every grid and add; low precision adds more than two parts in float32."""

@@ -54,11 +54,13 @@ class Factored(Backend):
 
     def cost(self, problem: Problem, config: Config) -> float:
         """Each smoothing, and the bare grid."""
-        smoothing = sum(costs.grid_us(step, _knobs(config, smoothing=True)) for step, _ in _smoothings(problem, config))
+        call_us = costs.rates(problem.device).factored_call_us
+        knobs = _knobs(config, smoothing=True)
+        smoothing = sum(costs.grid_us(step, knobs, call_us) for step, _ in _smoothings(problem, config))
         core = _core(problem)
         if config.get("core") == "gather":
             return smoothing + _GATHER.cost(core, _GATHER.space(core).default)
-        return smoothing + costs.grid_us(core, _knobs(config))
+        return smoothing + costs.grid_us(core, _knobs(config), call_us)
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Smooth and convolve, or the other way round for the input's gradient."""

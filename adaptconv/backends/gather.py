@@ -49,7 +49,7 @@ class Gather(Backend):
         live = len(_live(problem))
         columns = _image_bytes(problem) * problem.batch
         share = live / max(len(problem.taps), 1)
-        return costs.gemm_us(problem, problem.flops * share) + costs.traffic_us(problem.device, 3 * columns)
+        return costs.columns_us(problem, problem.flops * share, 3 * columns)
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Gather, multiply, and scatter back where the direction asks for it."""

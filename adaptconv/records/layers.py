@@ -7,10 +7,12 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptconv.records import files
+from adaptconv.records import calibrations, files
+from adaptconv.records.calibrations import Calibration
 from adaptconv.records.files import Refused
 from adaptconv.records.keys import Family, Features, parse_key
 from adaptconv.records.record import Record
@@ -101,6 +103,16 @@ class Layer:
         name = f"{device}.json"
         return self._row(self._pack(name), key, name)
 
+    def calibration(self, device: str) -> Calibration | None:
+        """The measured constants of the device with this slug; None if there are none."""
+        if self.root is None or not self._usable():
+            return None
+        try:
+            return calibrations.read(self.root, device, trusted=self.trusted)
+        except Refused as refusal:
+            self._refuse(refusal, calibrations.file_name(device))
+            return None
+
     def rows(self, kind: str | None = None) -> Iterator[Row]:
         """Every row, or every row that may be of a kind of device ("cpu", "cuda", ...)."""
         for name, stamp in self._files().items():
@@ -141,7 +153,7 @@ class Layer:
         every machine with the same package agrees.
         """
         content = hashlib.sha256(self.name.encode())
-        for name, stamp in sorted(self._files().items()):
+        for name, stamp in sorted({**self._files(), **self._calibrations()}.items()):
             if self.trusted and self.root is not None:
                 try:
                     data = files.read_file(self.root / name, files.MAX_PACK_BYTES, trusted=True)
@@ -155,11 +167,11 @@ class Layer:
     # ---- reading ------------------------------------------------------------------------------
 
     def _refuse(self, refusal: Refused, name: str | None = None) -> None:
-        place = str(self.root)
+        place = str(self.root if self.root is None or name is None else (self.root / name).parent)
         if (place, refusal.reason) in _warned:
             return
         _warned.add((place, refusal.reason))  # first, so that a warning turned into an error is not repeated
-        what = place if name is None else f"{name} in {place}"
+        what = str(self.root) if name is None else f"{name} in {self.root}"
         warnings.warn(
             f"adaptconv ignores {what} ({self.name} tuning database): {refusal.reason}: {refusal.detail}. "
             "Said once; results stay correct, the next layer is asked.",
@@ -194,6 +206,15 @@ class Layer:
         if now - changed > _TICK_NS:
             self._listing = (changed, listing)
         return listing
+
+    def _calibrations(self) -> dict[str, Stamp]:
+        """Name and stamp of every calibration."""
+        found: dict[str, Stamp] = {}
+        if self.root is not None and self._usable():
+            for name in calibrations.names(self.root):
+                with suppress(OSError):  # gone since it was listed
+                    found[name] = _stamp(os.stat(self.root / name, follow_symlinks=False))
+        return found
 
     def _entry(self, name: str, stamp: Stamp) -> list[Row]:
         """The row of one entry as an index holds it, read again when its stamp changed."""

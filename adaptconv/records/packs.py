@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptconv.records import files
+from adaptconv.records import calibrations, files
 from adaptconv.records.files import Refused
 from adaptconv.records.keys import parse_key
 from adaptconv.records.record import Record
@@ -113,9 +113,9 @@ def verify(path: Path) -> list[str]:
     """Everything that is wrong with a pack, or with a directory of packs and entries, a line each.
 
     An entry must be intact and named for its key; a pack must be intact, named for its device,
-    sorted by key, and free of repeated keys.
+    sorted by key, and free of repeated keys. A directory's calibrations are read too.
     """
-    return _read(path)[1]
+    return _read(path)[1] + calibrations.faults(path)
 
 
 def write_packs(records: Iterable[Record], directory: Path) -> list[Path]:

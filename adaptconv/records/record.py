@@ -89,8 +89,8 @@ class Record:
         object.__setattr__(self, "config", _config(self.config))
         for name in _TIMES_AND_ERRORS:
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        object.__setattr__(self, "toolchain", _toolchain(self.toolchain))
-        _date(self.measured_on)
+        object.__setattr__(self, "toolchain", check_toolchain(self.toolchain))
+        check_date(self.measured_on)
         if not isinstance(self.rivals, tuple) or len(self.rivals) > _MAX_ITEMS:
             raise ValueError(f"rivals must be a tuple of at most {_MAX_ITEMS}, got {_shown(self.rivals)}")
         if not all(isinstance(rival, Rival) for rival in self.rivals):
@@ -200,7 +200,12 @@ def _config(value: object) -> dict[str, Value]:
     return dict(sorted(value.items()))
 
 
-def _toolchain(value: object) -> dict[str, str]:
+def check_toolchain(value: object) -> dict[str, str]:
+    """A toolchain as records keep it, sorted by name.
+
+    Raises:
+        ValueError: it does not map names to versions.
+    """
     if not isinstance(value, Mapping) or len(value) > _MAX_ITEMS:
         raise ValueError(f"toolchain must map at most {_MAX_ITEMS} names to versions, got {_shown(value)}")
     for name, version in value.items():
@@ -209,7 +214,12 @@ def _toolchain(value: object) -> dict[str, str]:
     return dict(sorted(value.items()))
 
 
-def _date(value: object) -> None:
+def check_date(value: object) -> None:
+    """Accept a date or a second in UTC, as ``utc_now`` gives it.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if not isinstance(value, str) or _WHEN.fullmatch(value) is None:
         raise ValueError(f"measured_on must look like 2026-01-31 or 2026-01-31T12:00:00Z, got {_shown(value)}")
     try:

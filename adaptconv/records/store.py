@@ -14,13 +14,14 @@ from functools import cached_property
 from pathlib import Path
 
 from adaptconv.errors import AdaptConvError
-from adaptconv.problem import Problem
-from adaptconv.records import files
+from adaptconv.problem import Device, Problem
+from adaptconv.records import calibrations, files
+from adaptconv.records.calibrations import Calibration
 from adaptconv.records.files import Refused
 from adaptconv.records.keys import STALE, distance, parse_key
 from adaptconv.records.layers import Layer, Row
 from adaptconv.records.record import Record
-from adaptconv.records.toolchain import validity_now
+from adaptconv.records.toolchain import validity, validity_now
 
 ENVIRONMENT = "ADAPTCONV_DB"
 _LEFTOVER_S = 3600.0
@@ -42,6 +43,16 @@ class Hit:
     """
 
     record: Record
+    layer: str
+    path: Path
+    current: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibration, and where it was found; the attributes are those of ``Hit``."""
+
+    calibration: Calibration
     layer: str
     path: Path
     current: bool
@@ -72,7 +83,7 @@ class Store:
     ) -> None:
         self._override = override
         self._shipped = shipped
-        self._tidied = False
+        self._tidied: set[Path] = set()
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -129,6 +140,19 @@ class Store:
             for row in layer.rows():
                 yield Hit(row.record, layer.name, row.path, row.validity == validity_now(row.features.device_kind))
 
+    def calibrations(self, device: Device) -> Iterator[Calibrated]:
+        """Every calibration of this very device, threads included, in the order of the layers."""
+        now = validity_now(device.kind)
+        for layer in self.layers:
+            found = layer.calibration(device.slug)
+            if found is not None and layer.root is not None:
+                path = layer.root / calibrations.file_name(device.slug)
+                yield Calibrated(found, layer.name, path, validity(found.toolchain) == now)
+
+    def calibration(self, device: Device) -> Calibrated | None:
+        """The first current calibration of this very device: other kernels of torch have other rates."""
+        return next((found for found in self.calibrations(device) if found.current), None)
+
     @property
     def target(self) -> Path | None:
         """The directory that ``write`` writes to: the override if one is set, else the user layer, if any."""
@@ -147,27 +171,41 @@ class Store:
             ValueError: the record's key is not the key of a problem.
         """
         parse_key(record.key)
+        return self._put(files.entry_name(record.key), files.encode_entry(record), "a tuning record")
+
+    def write_calibration(self, calibration: Calibration) -> Path:
+        """Store a device's calibration, replacing an earlier one; on disk and in force when this returns.
+
+        Returns:
+            The file written.
+
+        Raises:
+            DatabaseError: as ``write``.
+        """
+        return self._put(calibrations.file_name(calibration.device), calibrations.encode(calibration), "a calibration")
+
+    def _put(self, name: str, data: bytes, what: str) -> Path:
         target = self.target
         if target is None:
             raise DatabaseError(
-                "nowhere to keep tuning records: neither HOME nor XDG_CACHE_HOME names a directory; "
-                f"set {ENVIRONMENT} to one"
+                f"nowhere to keep {what}: neither HOME nor XDG_CACHE_HOME names a directory; set {ENVIRONMENT} to one"
             )
-        path = target / files.entry_name(record.key)
+        path = target / name
         try:
-            files.make_directory(target)
-            files.check_directory(target, trusted=False)
-            files.write_file(path, files.encode_entry(record), mode=0o600)
+            files.make_directory(path.parent)
+            for folder in (target, path.parent):
+                files.check_directory(folder, trusted=False)
+            files.write_file(path, data, mode=0o600)
         except Refused as refusal:
-            raise DatabaseError(f"tuning records cannot be kept in {target}: {refusal}") from None
+            raise DatabaseError(f"{what} cannot be kept in {target}: {refusal}") from None
         except OSError as error:
             failure = DatabaseError(
-                f"a tuning record could not be written to {target}: {error.strerror or error}; "
+                f"{what} could not be written to {target}: {error.strerror or error}; "
                 f"free the place, or set {ENVIRONMENT} to another directory"
             )
             failure.errno = error.errno
             raise failure from error
-        self._tidy(target)
+        self._tidy(path.parent)
         _advance()
         return path
 
@@ -177,8 +215,8 @@ class Store:
 
     def _tidy(self, target: Path) -> None:
         """Once a store: remove what killed writers left long ago. Only writers write, so it is done here."""
-        if not self._tidied:
-            self._tidied = True
+        if target not in self._tidied:
+            self._tidied.add(target)
             with suppress(OSError):  # untidy is not broken
                 files.remove_leftovers(target, os.listdir(target), time.time() - _LEFTOVER_S)
 

@@ -16,11 +16,6 @@ from adaptconv.backends.grid import adjoint_weight
 from adaptconv.problem import Direction, Problem
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
-_CALL_US = 25.0
-# A thread's rate, vectors filled. Torch's fast depthwise forward does 1.2 to 1.5 times as much on a dense window and
-# is put at 60 in costs.py, less than it reaches: these keep the ratio, so that dense windows are left to it.
-# On one axis torch's is the slower one.
-_GFLOPS, _GFLOPS_WEIGHT, _GFLOPS_1D = 25.0, 45.0, 75.0
 _LANES = 16
 
 
@@ -57,13 +52,15 @@ class Cpp(Backend):
         if "rows" in config and offsets:
             share *= _row_cost(here, int(config["rows"])) / (1.5 * len(offsets))
         lanes = 2 if problem.dtype == "float64" else 1
-        gflops = _GFLOPS_WEIGHT if problem.direction is Direction.GRAD_WEIGHT else _GFLOPS
+        known = costs.rates(problem.device)
+        gflops = known.cpp_weight_gflops if problem.direction is Direction.GRAD_WEIGHT else known.cpp_gflops
         if problem.axes == 1:
-            gflops = _GFLOPS_1D
+            gflops = known.cpp_line_gflops
         rate = gflops * max(problem.device.threads, 1) * filled / lanes
-        time = _CALL_US + problem.flops * share / rate * 1e-3 + costs.traffic_us(problem.device, 1.5 * problem.bytes)
+        time = known.cpp_call_us + problem.flops * share / rate * 1e-3
+        time += costs.traffic_us(problem.device, 1.5 * problem.bytes)
         if problem.memory_format is not torch.contiguous_format:
-            time += costs.traffic_us(problem.device, 3 * problem.bytes)
+            time += costs.relayout_us(problem.device, 3 * problem.bytes)
         return time + 1e-3 * int(config["tile_kib"] != 256)  # the default wins ties
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
