@@ -5,7 +5,7 @@ channels_last (operands already in that format, so that the change costs it noth
 one; where the taps are no regular grid, on the dense-constructed kernel. "routes" are the other rewrites of this
 package: the flipped forward for the gradient of the input, the grouped convolution for that of the weight. The limit
 is the larger of the bytes over the copy bandwidth and the arithmetic over the rate of a large matrix product, both
-measured in the same run. All candidates of a row are interleaved; times are the fastest sample.
+measured in the same run (``limits.py``). All candidates of a row are interleaved; times are the fastest sample.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from adaptconv.measure import interleave
 from adaptconv.problem import Device, Direction, Problem, same_padding
 from adaptconv.taps import TapPattern
 from benchmarks.facts import machine_facts
+from benchmarks.limits import limit_ms
 
 CPU = torch.device("cpu")
 
@@ -120,10 +121,7 @@ def measured(layer: Layer, direction: Direction, limits: dict[str, float], budge
     torchs = {name: ms for name, ms in times.items() if name != "cpp" and not _is_route(name)}
     routes = [ms for name, ms in times.items() if _is_route(name)]
     call = min(torchs, key=lambda name: torchs[name])
-    skipped = layer.holes and direction is not Direction.GRAD_WEIGHT  # that one has every weight to fill
-    taps = layer.holes if skipped else len(problem.taps)
-    values = layer.batch * layer.channels * TapPattern.grid(layer.spatial).window_taps
-    limit = max(2 * 4 * values / limits["copy_gb_s"], 2 * values * taps / limits["gemm_gflop_s"]) / 1e6
+    limit = limit_ms(problem, limits, layer.holes)
     return Row(
         layer.name, str(direction), times["cpp"], torchs[call], call, min(routes) if routes else None, limit,
         torchs[call] / times["cpp"], times["cpp"] / limit, cpp.cost(problem, default) / 1e3,

@@ -1,82 +1,55 @@
-"""Time a suite of layers: native in both layouts against adaptconv in both, interleaved in one run.
+"""Time a suite of layers: all that torch has against all that adaptconv has, interleaved in one run.
 
-``python -m benchmarks.run --suite quick --tune --out benchmarks/results/NAME.json``
+``python -m benchmarks.run --suite quick --tune --out benchmarks/results/NAME.json --chart PNG``
 
-The ratio is native's better layout over adaptconv's better layout, so a layout that torch would merely have
-liked better does not count as a gain. For taps that are no regular grid, native is what one writes by hand:
-the dense-constructed kernel, or the sum of grids, whichever is faster. Under 1.0 is a loss; rows under 0.97
-are timed again, longer, before they are believed.
+Torch's side, for each layer and direction: eager, torch.compile, and forward torch.compile with Inductor's freezing;
+each with contiguous and channels_last operands, and for taps that are no regular grid as a dense-constructed kernel
+and as a sum of convolutions. Ours: the eager call as dispatch plans it, and forward ``adaptconv.optimize``, without and
+with freezing. The ratio is torch's fastest over our fastest, so that a layout or a compiler that torch would merely
+have liked better is no gain; under 1.0 is a loss. Rows under 0.97 are timed again, longer, before they are believed.
+"vs eager" compares the eager calls of both sides alone; "over limit" is our fastest over what the machine's copy
+bandwidth and matrix product allow, both measured in the same run.
+
+Every result is compared with float64 first. One is wrong, and the exit status 1, where its relative error is over four
+times that of torch's eager calls (and over a few roundings of the dtype).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tabulate import tabulate
-from torch import Tensor
 
-from adaptconv import dispatch, measure, trilinear
-from adaptconv.backends import Choice, backend_named
-from adaptconv.problem import Direction, Problem
-from benchmarks.facts import write_results
+from benchmarks.facts import keep_freed_memory, machine_facts, merged, read_rows, write_results
+from benchmarks.layers.rows import Row, measured
+from benchmarks.layers.summary import means, summary, table
+from benchmarks.layers.tensors import DIRECTIONS, problems_of
+from benchmarks.layers.variants import LEVELS
+from benchmarks.limits import rates
 from benchmarks.suites import SUITES, Layer
 
-DIRECTIONS = {"forward": Direction.FORWARD, "dx": Direction.GRAD_INPUT, "dw": Direction.GRAD_WEIGHT}
-SUSPICIOUS = 0.97
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One layer in one direction; times are 20th percentiles in milliseconds.
-
-    Attributes:
-        layer, direction: which.
-        native_ms: layout -> plain native.
-        adaptconv_ms: layout -> the plan dispatch made.
-        plans: layout -> that plan and where it came from.
-        ratio: best native over best adaptconv.
-        rounds: interleaved rounds behind it.
-    """
-
-    layer: str
-    direction: str
-    native_ms: dict[str, float]
-    adaptconv_ms: dict[str, float]
-    plans: dict[str, str]
-    ratio: float
-    rounds: int
+Key = tuple[str, str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune if asked, time, print the table, write the file."""
+    """Tune if asked, time, print the tables, write the file and the chart; 1 if a result is wrong."""
     arguments = _arguments(argv)
-    device = torch.device(arguments.device)
-    layers = [layer for layer in SUITES[arguments.suite] if not arguments.only or layer.name in arguments.only]
-    directions = [DIRECTIONS[name] for name in arguments.directions]
-    if arguments.tune:
-        from adaptconv.tuner import tune_problems
+    rows: list[dict[str, Any]] = []
+    if arguments.draw is None:
+        rows = _measured(arguments)
+        print(table(rows))
+        print(summary(rows))
+    if arguments.chart:
+        from benchmarks.layers.chart import draw
 
-        problems = [p for layer in layers for d in directions for p in problems_of(layer, d, device).values()]
-        print(tune_problems(problems, budget_s=arguments.budget, force=arguments.force, progress=True), flush=True)
-    rows = []
-    for layer in layers:
-        for direction in directions:
-            row = timed(layer, direction, device, arguments.seconds)
-            if row.ratio < SUSPICIOUS:
-                row = timed(layer, direction, device, 4 * arguments.seconds)
-            rows.append(row)
-            print(f"{row.layer} {row.direction}: {row.ratio:.2f}x", file=sys.stderr, flush=True)
-    print(tabulate([_cells(row) for row in rows], headers=_HEADER, tablefmt="github"))
-    print(_summary(rows))
-    if arguments.out:
-        write_results(arguments.out, device, suite=arguments.suite, rows=[asdict(row) for row in rows])
-    return 0
+        draw(json.loads((arguments.draw or arguments.out).read_text(encoding="utf-8")), arguments.chart)
+    return 1 if any(row["wrong"] for row in rows) else 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,91 +58,106 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=sorted(SUITES), default="quick")
     parser.add_argument("--only", nargs="+", metavar="LAYER", help="these layers of the suite")
+    parser.add_argument("--list", action="store_true", help="name the layers of the suite and stop")
     parser.add_argument("--directions", nargs="+", choices=list(DIRECTIONS), default=list(DIRECTIONS))
+    parser.add_argument(
+        "--rivals", choices=LEVELS, default="all",
+        help="eager: nothing is compiled, on either side; compile: with torch.compile and optimize; "
+        "all: with freezing, and the dcls package where it has the layer (all)",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tune", action="store_true", help="tune what the database does not know yet, first")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="tuning time in all (about 3 s a problem)")
     parser.add_argument("--force", action="store_true", help="tune again what is known")
     parser.add_argument("--seconds", type=float, default=1.5, help="timing a layer and direction (1.5)")
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--keep-memory", action="store_true",
+        help="have the C library keep freed memory, so that no time is one of page faults, on either side",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="write JSON here, after every row")
+    parser.add_argument("--add", action="store_true", help="keep what --out has of other layers and directions")
+    parser.add_argument("--resume", action="store_true", help="and skip rows that it has with the same settings")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the ratios in the JSON file")
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="measure nothing: draw --chart from this file")
+    arguments = parser.parse_args(argv)
+    names = [layer.name for layer in SUITES[arguments.suite]]
+    unknown = sorted(set(arguments.only or ()) - set(names))
+    if arguments.list:
+        print("\n".join(f"{layer.name:24} {layer.kind:10} {layer.model}" for layer in SUITES[arguments.suite]))
+        parser.exit()
+    if unknown:
+        parser.error(f"suite {arguments.suite} has no layer {', '.join(unknown)}; --list names them")
+    if (arguments.add or arguments.resume) and not arguments.out:
+        parser.error("--add and --resume need --out: the file to add to")
+    if arguments.chart and not (arguments.out or arguments.draw):
+        parser.error("--chart draws from a file: name it with --out, or with --draw to measure nothing")
+    if arguments.draw and not arguments.chart:
+        parser.error("--draw needs --chart: the picture to make")
+    return arguments
 
 
-def problems_of(layer: Layer, direction: Direction, device: torch.device) -> dict[str, Problem]:
-    """The layer's problem by layout; a 1-D layer has only one."""
-    layouts = ("contiguous",) if len(layer.spatial) == 1 else ("contiguous", "channels_last")
-    return {layout: layer.problem(direction, layout, device) for layout in layouts}
+def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row asked for, those taken over from the file included."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    if arguments.keep_memory and not keep_freed_memory():
+        raise SystemExit("--keep-memory: this system's C library cannot be told to; leave it out")
+    device = torch.device(arguments.device)
+    facts = machine_facts(device)
+    settings = _settings(arguments, facts)
+    old = read_rows(arguments.out) if arguments.out and (arguments.add or arguments.resume) else []
+    layers = [layer for layer in SUITES[arguments.suite] if not arguments.only or layer.name in arguments.only]
+    asked = [(layer, name) for layer in layers for name in arguments.directions]
+    known = {_key(row): row for row in old if arguments.resume and row.get("settings") == settings}
+    due = [(layer, name) for layer, name in asked if _asked_key(layer, name) not in known]
+    if arguments.tune:
+        _tune(due, device, arguments)
+    limits = {dtype: rates(device, dtype) for dtype in sorted({layer.dtype for layer, _ in due})}
+    new: list[dict[str, Any]] = []
+    for layer, name in due:
+        row = measured(
+            layer, DIRECTIONS[name], device, limits[layer.dtype],
+            level=arguments.rivals, seconds=arguments.seconds, settings=settings,
+        )  # fmt: skip
+        new.append(row.as_json())
+        _say(row, len(new), len(due))
+        if arguments.out:
+            rows = merged(old, new, _key)
+            write_results(
+                arguments.out, device, facts=facts, limits=limits, suite=arguments.suite, means=means(rows), rows=rows
+            )
+    found = known | {_key(row): row for row in new}
+    return [found[_asked_key(layer, name)] for layer, name in asked]
 
 
-def operands(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random operands of a problem, in its layout."""
-
-    def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=device).mul_(scale).to(problem.torch_dtype)
-
-    fan_in = max(problem.weight_shape[1] * problem.weight_shape[2], 1)
-    x = normal(problem.input_shape).contiguous(memory_format=problem.memory_format)
-    dy = normal(problem.output_shape).contiguous(memory_format=problem.memory_format)
-    w = normal(problem.weight_shape, fan_in**-0.5)
-    return {Direction.FORWARD: (x, w), Direction.GRAD_INPUT: (dy, w), Direction.GRAD_WEIGHT: (x, dy)}[problem.direction]
+def _settings(arguments: argparse.Namespace, facts: dict[str, object]) -> dict[str, Any]:
+    """What two rows must share for one to stand for the other."""
+    return {
+        "rivals": arguments.rivals, "seconds": arguments.seconds, "keep_memory": arguments.keep_memory,
+        "device": facts["device"],
+        "toolchain": facts["toolchain"], "adaptconv": facts["adaptconv"],
+    }  # fmt: skip
 
 
-def timed(layer: Layer, direction: Direction, device: torch.device, seconds: float) -> Row:
-    """Time one layer in one direction, every variant interleaved."""
-    calls: dict[str, Callable[[], object]] = {}
-    plans: dict[str, str] = {}
-    for layout, problem in problems_of(layer, direction, device).items():
-        a, b = operands(problem, device)
-        for choice in native_choices(problem):
-            calls[f"native {layout} {choice.backend}"] = _call(problem, choice, a, b)
-        plan = dispatch.plan(problem)
-        plans[layout] = f"{plan.choice} ({plan.source})"
-        calls[f"adaptconv {layout}"] = partial(trilinear.execute, plan, a, b)
-    with torch.no_grad():
-        timings = measure.interleave(calls, budget_s=seconds, device=device)
-    times = {name: timing.p20_us / 1e3 for name, timing in timings.items()}
-    native = {layout: min(ms for name, ms in times.items() if name.startswith(f"native {layout} ")) for layout in plans}
-    ours = {layout: times[f"adaptconv {layout}"] for layout in plans}
-    rounds = min(timing.rounds for timing in timings.values())
-    return Row(layer.name, str(direction), native, ours, plans, min(native.values()) / min(ours.values()), rounds)
+def _key(row: dict[str, Any]) -> Key:
+    return row["layer"], row["dtype"], row["direction"]
 
 
-def native_choices(problem: Problem) -> list[Choice]:
-    """What one would write with torch alone: its own call, or dense and dual where the taps are no grid."""
-    accepting = [backend_named(name) for name in ("native", "dense", "dual")]
-    choices = [backend.default(problem) for backend in accepting if not backend.rejects(problem)]
-    return choices[:1] if choices[0].backend == "native" else choices
+def _asked_key(layer: Layer, name: str) -> Key:
+    return layer.name, layer.dtype, str(DIRECTIONS[name])
 
 
-def _call(problem: Problem, choice: Choice, a: Tensor, b: Tensor) -> Callable[[], object]:
-    run = backend_named(choice.backend).run
-    return lambda: run(problem, choice.config, a, b)
+def _tune(due: Sequence[tuple[Layer, str]], device: torch.device, arguments: argparse.Namespace) -> None:
+    from adaptconv.tuner import tune_problems
+
+    problems = [p for layer, name in due for p in problems_of(layer, DIRECTIONS[name], device).values()]
+    if problems:
+        print(tune_problems(problems, budget_s=arguments.budget, force=arguments.force, progress=True), flush=True)
 
 
-_HEADER = ("layer", "direction", "native nchw ms", "native nhwc ms", "ours nchw ms", "ours nhwc ms", "ratio", "plan")
-
-
-def _cells(row: Row) -> list[str]:
-    def ms(times: dict[str, float], layout: str) -> str:
-        return f"{times[layout]:.3g}" if layout in times else "-"
-
-    best = min(row.adaptconv_ms, key=lambda layout: row.adaptconv_ms[layout])
-    return [
-        row.layer, row.direction, ms(row.native_ms, "contiguous"), ms(row.native_ms, "channels_last"),
-        ms(row.adaptconv_ms, "contiguous"), ms(row.adaptconv_ms, "channels_last"), f"{row.ratio:.2f}",
-        f"{best}: {row.plans[best]}",
-    ]  # fmt: skip
-
-
-def _summary(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "no layer matched"
-    ratios = torch.tensor([row.ratio for row in rows], dtype=torch.float64)
-    worst = min(rows, key=lambda row: row.ratio)
-    return (
-        f"{len(rows)} rows; ratio to native's best layout: geometric mean {ratios.log().mean().exp():.2f}x, "
-        f"least {worst.ratio:.2f}x ({worst.layer} {worst.direction}), most {ratios.max():.1f}x; "
-        f"{int((ratios < SUSPICIOUS).sum())} under {SUSPICIOUS}"
+def _say(row: Row, done: int, of: int) -> None:
+    text = f"[{done}/{of}] {row.layer} {row.direction}: {row.ratio:.2f}x, {row.native_ratio:.2f}x vs eager"
+    print(
+        f"{text}, {row.seconds} s", *(f"WRONG: {reason}" for reason in row.wrong), sep="\n", file=sys.stderr, flush=True
     )
 
 

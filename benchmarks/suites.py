@@ -34,6 +34,8 @@ class Layer:
         stride: output step an axis.
         padding: zeros (before, after) an axis.
         dtype: "float32", "bfloat16", ...
+        holes: weights of each channel's window that are not zero, at places of its own; 0 where all may be.
+        spacing: elements of the learnt-spacing kernel that the taps come from; 0 where there is none.
     """
 
     name: str
@@ -47,6 +49,15 @@ class Layer:
     stride: tuple[int, ...]
     padding: Padding
     dtype: str
+    holes: int = 0
+    spacing: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Which sort: "depthwise"; "control", where torch's own call is mostly right; or "other"."""
+        if self.groups == self.c_in > 1:
+            return "depthwise"
+        return "control" if TapPattern.parse(self.taps).single_grid() is not None else "other"
 
     def problem(
         self,
@@ -107,11 +118,16 @@ class _Row:
     cpu: tuple[int, int, int]
     groups: int = 1  # or DEPTHWISE
     causal: bool = False  # all padding before, as in autoregressive networks
+    stride: int = 1
+    valid: bool = False  # no padding, as where a picture is cut into patches
+    holes: int = 0
+    spacing: int = 0
 
     def layer(self, size: tuple[int, int, int], dtype: str) -> Layer:
         """The row at one size, ``full`` or ``cpu``."""
         batch, c_in, c_out = size
         window = TapPattern.parse(self.taps).window
+        padding = tuple((extent - 1, 0) for extent in window) if self.causal else same_padding(window)
         return Layer(
             name=self.name,
             model=self.model,
@@ -121,9 +137,11 @@ class _Row:
             groups=c_in if self.groups == DEPTHWISE else self.groups,
             spatial=self.spatial,
             taps=self.taps,
-            stride=(1,) * len(self.spatial),
-            padding=tuple((extent - 1, 0) for extent in window) if self.causal else same_padding(window),
+            stride=(self.stride,) * len(self.spatial),
+            padding=((0, 0),) * len(self.spatial) if self.valid else padding,
             dtype=dtype,
+            holes=self.holes,
+            spacing=self.spacing,
         )
 
 
@@ -168,13 +186,18 @@ _DENSE_ROWS = (
 
 _DEPTHWISE_ROWS = (
     _Row("dcls-s1-34of17", "ConvNeXt-T-dcls stage 1", (56, 56), _scattered(34, 17),
-         (128, 96, 96), (4, 96, 96), DEPTHWISE),
+         (128, 96, 96), (4, 96, 96), DEPTHWISE, spacing=34),
     _Row("dcls-s1-bilinear", "ConvNeXt-T-dcls stage 1, bilinear", (56, 56), _scattered(34, 17, spread=2),
-         (128, 96, 96), (4, 96, 96), DEPTHWISE),
+         (128, 96, 96), (4, 96, 96), DEPTHWISE, spacing=34),
     _Row("dcls-s3-34of17", "ConvNeXt-T-dcls stage 3", (14, 14), _scattered(34, 17),
-         (128, 384, 384), (8, 384, 384), DEPTHWISE),
+         (128, 384, 384), (8, 384, 384), DEPTHWISE, spacing=34),
     _Row("convformer-26of23", "ConvFormer-dcls stage 1", (56, 56), _scattered(26, 23),
-         (128, 128, 128), (1, 128, 128), DEPTHWISE),
+         (128, 128, 128), (1, 128, 128), DEPTHWISE, spacing=26),
+    # The same kernels written dense: no zeros, and for each channel zeros at places of its own.
+    _Row("dense-k17", "ConvNeXt-T-dcls stage 1, written dense", (56, 56), "17x17",
+         (128, 96, 96), (4, 96, 96), DEPTHWISE),
+    _Row("holes-34of17", "ConvNeXt-T-dcls stage 1, holes of each channel", (56, 56), "17x17",
+         (128, 96, 96), (4, 96, 96), DEPTHWISE, holes=34),
     _Row("replknet-s1-k31", "RepLKNet stage 1", (56, 56), "31x31", (64, 128, 128), (1, 128, 128), DEPTHWISE),
     _Row("replknet-s3-k27", "RepLKNet stage 3", (14, 14), "27x27", (64, 512, 512), (4, 512, 512), DEPTHWISE),
     _Row("slak-51x5", "SLaK-T", (56, 56), "51x5", (64, 124, 124), (2, 124, 124), DEPTHWISE),
@@ -193,10 +216,26 @@ _DEPTHWISE_ROWS = (
     _Row("uxnet3d-k7", "3D UX-Net", (48, 48, 48), "7x7x7", (2, 48, 48), (1, 16, 16), DEPTHWISE),
     _Row("mamba-k4", "Mamba", (2048,), "4", (8, 4096, 4096), (2, 1024, 1024), DEPTHWISE, causal=True),
 )
+
+# Everyday layers, with nothing in them to gain: torch's own call is right, and must be picked at no cost.
+_CONTROL_ROWS = (
+    _Row("resnet50-stem", "ResNet-50 stem", (224, 224), "7x7", (64, 3, 64), (2, 3, 64), stride=2),
+    _Row("resnet50-3x3", "ResNet-50 stage 3", (14, 14), "3x3", (64, 256, 256), (8, 256, 256)),
+    _Row("resnet50-down", "ResNet-50 stage 2, first block", (56, 56), "3x3", (64, 128, 128), (4, 128, 128), stride=2),
+    _Row("resnet50-1x1", "ResNet-50 stage 3", (14, 14), "1x1", (64, 256, 1024), (8, 256, 1024)),
+    _Row("resnext50-g32", "ResNeXt-50 stage 2", (28, 28), "3x3", (64, 256, 256), (8, 256, 256), 32),
+    _Row("vgg16-3x3", "VGG-16 second layer", (224, 224), "3x3", (16, 64, 64), (1, 64, 64)),
+    _Row("mobilenetv2-1x1", "MobileNetV2 expansion", (56, 56), "1x1", (64, 24, 144), (8, 24, 144)),
+    _Row("convnext-stem", "ConvNeXt-T stem", (224, 224), "4x4", (64, 3, 96), (8, 3, 96), stride=4, valid=True),
+    _Row("vit-patch16", "ViT-B/16 patches", (224, 224), "16x16", (64, 3, 768), (4, 3, 768), stride=16, valid=True),
+    _Row("conformer-pointwise", "Conformer, convolution module", (512,), "1d1", (32, 512, 1024), (4, 512, 1024)),
+    _Row("conformer-linear", "Conformer, attention projection", (256,), "1d1", (32, 512, 512), (2, 512, 512)),
+)
 # fmt: on
 
-_ROWS = _DENSE_ROWS + _DEPTHWISE_ROWS
+_ROWS = _DENSE_ROWS + _DEPTHWISE_ROWS + _CONTROL_ROWS
 _CPU = tuple(row.layer(row.cpu, "float32") for row in _ROWS)
+_CPU_BF16 = tuple(row.layer(row.cpu, "bfloat16") for row in _ROWS)
 _GPU = tuple(row.layer(row.full, "bfloat16") for row in _ROWS)
 _QUICK = (
     "deeplabv3-aspp-d18", "drn-d4", "wavenet-d512", "vnet-d2", "dcls-s1-34of17", "replknet-s3-k27", "van-k7d3",
@@ -206,7 +245,20 @@ _QUICK = (
 SUITES: dict[str, tuple[Layer, ...]] = {
     "cpu": _CPU,
     "quick": tuple(layer for layer in _CPU if layer.name in _QUICK),
+    "depthwise": tuple(layer for layer in _CPU if layer.kind == "depthwise"),
+    "control": tuple(layer for layer in _CPU if layer.kind == "control"),
+    "cpu-bf16": _CPU_BF16,
+    "depthwise-bf16": tuple(layer for layer in _CPU_BF16 if layer.kind == "depthwise"),
     "gpu": _GPU,
 }
-"""Suites by name: every layer cut for a small CPU in float32; a mix of layers, native at its best and not,
-from it; and every layer at full size in bfloat16."""
+"""Suites by name. "cpu": every layer cut for a small CPU, in float32. From it, "quick": a mix, native at its best and
+not; "depthwise"; "control": one group or few, one regular grid of taps, where torch is mostly right. "-bf16": the same
+layers in bfloat16. "gpu": every layer at full size in bfloat16."""
+
+MUST_SHOW = (
+    "dense-k17", "holes-34of17", "dcls-s1-34of17", "replknet-s1-k31", "slak-51x5", "van-k7d3", "uxnet3d-k7",
+    "conformer-k31", "conformer-k31-infer", "convtasnet-d128", "partial-dw-13of21", "mamba-k4", "deeplabv3-aspp-d18",
+    "aspp3d-d6",
+)  # fmt: skip
+"""Layers whose rows a summary shows whatever they say: the classic dense kernel, kernels with holes of every sort, the
+smallest calls, and those of the dilated layers that gain most and least."""

@@ -120,12 +120,13 @@ def test_every_layer_is_a_problem(layer: Layer) -> None:
     assert problem.device.kind == "cpu" and problem.dtype == layer.dtype
     assert len(problem.taps) > 0 and str(problem.taps) == layer.taps  # canonical text
     assert layer.c_in % layer.groups == 0 and layer.c_out % layer.groups == 0
-    assert problem.out_spatial == layer.spatial  # 'same' padding, causal or centred, at stride 1
+    steps = zip(layer.spatial, layer.stride, strict=True)
+    assert problem.out_spatial == tuple(-(-extent // step) for extent, step in steps)  # 'same', causal, or patches
     assert problem.taps.live(layer.spatial, layer.padding, layer.stride)
 
 
 def test_suites_have_unique_names_and_share_geometry() -> None:
-    assert set(SUITES) == {"cpu", "quick", "gpu"}
+    assert {"cpu", "quick", "gpu"} <= set(SUITES)
     for name, suite in SUITES.items():
         assert len({layer.name for layer in suite}) == len(suite), name
     assert set(SUITES["quick"]) < set(SUITES["cpu"]) and 8 <= len(SUITES["quick"]) <= 12
