@@ -58,7 +58,7 @@ class Rates:
     factored_call_us: float = 8.0
     cpp_call_us: float = 25.0
     cpp_gflops: float = 25.0
-    cpp_weight_gflops: float = 45.0
+    cpp_weight_gflops: float = 100.0
     cpp_line_gflops: float = 75.0
 
     def __post_init__(self) -> None:

@@ -25,16 +25,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
 
 import adaptconv
 from adaptconv import measure
-from benchmarks.facts import keep_freed_memory, machine_facts
+from benchmarks.facts import keep_freed_memory, machine_facts, merged, now, read_rows, write_results
 from benchmarks.zoo import NETWORKS, Network
 from benchmarks.zoo.variants import OURS, TORCH, Run, copies_in, error, exact, grouped_share, made, names_for
 
@@ -127,6 +125,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write JSON here, after every network")
     parser.add_argument("--add", action="store_true", help="keep what --out has of other networks")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the ratios in the JSON file")
+    parser.add_argument("--resume", action="store_true", help="and skip what is there from this machine and versions")
     parser.add_argument("--keep-memory", action="store_true", help="have the C library keep what is freed")
     parser.add_argument("--draw", type=Path, metavar="JSON", help="measure nothing: draw --chart from this file")
     arguments = parser.parse_args(argv)
@@ -134,8 +133,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--chart draws from a file: name it with --out, or with --draw to measure nothing")
     if arguments.draw and not arguments.chart:
         parser.error("--draw needs --chart: the picture to make")
-    if arguments.add and not arguments.out:
-        parser.error("--add needs --out: the file to add to")
+    if (arguments.add or arguments.resume) and not arguments.out:
+        parser.error("--add and --resume need --out: the file to add to")
+    arguments.add |= arguments.resume
     return arguments
 
 
@@ -145,6 +145,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _measured(arguments: argparse.Namespace) -> list[Row]:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     facts = machine_facts(_CPU) | {"keep_memory": arguments.keep_memory and keep_freed_memory()}
+    done = _done(arguments.out, facts) if arguments.resume else set()
     rows: list[Row] = []
     for name in arguments.only or NETWORKS:
         network = NETWORKS[name]
@@ -152,8 +153,9 @@ def _measured(arguments: argparse.Namespace) -> list[Row]:
             _say(f"{name}: left out, the package {network.needs} is not installed")
             continue
         wanted = ["forward"] + ["training step"] * (arguments.train and network.trains)
-        if arguments.tune:
-            _tune(network, arguments.budget, train=len(wanted) > 1)
+        wanted = [what for what in wanted if (name, what) not in done]
+        if arguments.tune and wanted:
+            _tune(network, arguments.budget, train="training step" in wanted)
         for what in wanted:
             rows.append(measured(network, what, arguments.seconds, arguments.rounds))
             if arguments.out:
@@ -166,6 +168,17 @@ def _measured(arguments: argparse.Namespace) -> list[Row]:
         for reason in row.wrong:
             print(f"WRONG: {row.network}, {row.what}: {reason}")
     return rows
+
+
+def _done(path: Path, facts: dict[str, object]) -> set[tuple[str, str]]:
+    """What a file has already, if it is of this machine, these versions and the same settings."""
+    if not path.exists():
+        return set()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    same = ("device", "toolchain", "adaptconv", "keep_memory")
+    if any(content["machine"].get(name) != facts[name] for name in same):
+        return set()
+    return {(row["network"], row["what"]) for row in content["rows"]}
 
 
 def _tune(network: Network, budget_s: float, *, train: bool) -> None:
@@ -215,7 +228,7 @@ def measured(network: Network, what: str, seconds: float, rounds: int) -> Row:
     row.wrong = _wrong(row)
     row.seconds = round(time.monotonic() - began, 1)
     row.load_average = round(os.getloadavg()[0], 2)
-    row.measured_on = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    row.measured_on = now()
     runs.clear()
     torch._dynamo.reset()
     gc.collect()
@@ -278,14 +291,8 @@ def _summary(rows: Sequence[Row]) -> str:
 
 def _write(path: Path, facts: dict[str, object], rows: Sequence[Row], add: bool) -> None:
     new = [{**asdict(row), "ratio": row.ratio, "compile_ratio": row.compile_ratio} for row in rows]
-    if add and path.exists():
-        measured_now = {(row["network"], row["what"]) for row in new}
-        old: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        new = [row for row in old if (row["network"], row["what"]) not in measured_now] + new
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")  # a run cut off while it writes keeps what was there
-    part.write_text(json.dumps({"machine": facts, "rows": new}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    old = read_rows(path) if add else []
+    write_results(path, _CPU, facts=facts, rows=merged(old, new, lambda row: (row["network"], row["what"])))
 
 
 def _say(text: str) -> None:

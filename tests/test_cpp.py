@@ -298,7 +298,7 @@ def test_weight_gradients_leave_out_only_what_is_zero(name: str, dtype: torch.dt
     a, b = operands_of(problem)
     exact = reference(problem_in(problem, Direction.GRAD_WEIGHT, torch.float64), a.double(), b.double())
     error = (run(problem, a, b).double() - exact).norm() / exact.norm()
-    assert error < {torch.float32: 3e-7, torch.float64: 1e-14, torch.bfloat16: 3e-3}[dtype]
+    assert error < {torch.float32: 6e-7, torch.float64: 1e-14, torch.bfloat16: 3e-3}[dtype]
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 from adaptconv import records
 from adaptconv.backends.base import Config
@@ -97,12 +98,61 @@ def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> f
         time += 3 * size / rate.relayout_gbytes * 1e-3
     if explicit:
         time += size / rate.copy_gbytes * 1e-3
-    if problem.groups == 1:
-        return time + problem.flops / (rate.gemm_gflops * threads) * 1e-3
-    gflops = rate.slow_gflops
-    if _is_direct(problem, channels_last, explicit, str(config.get("route", "native"))):
+    route = str(config.get("route", "native"))
+    if not problem.is_depthwise:
+        gflops = rate.gemm_gflops * _product_share(problem, channels_last, explicit)
+    elif not _is_direct(problem, channels_last, explicit, route):
+        gflops = rate.slow_gflops
+    else:
         gflops = rate.direct_gflops
+        if problem.direction is Direction.GRAD_INPUT and route == "native":
+            gflops *= _BACKWARD
+        if route == "grouped" and _is_dilated(problem):  # it becomes a stride
+            gflops *= _STRIDED
+        if problem.axes == 1:  # torch moves one axis into the kernel's blocks of channels and back
+            time += 3 * size / rate.relayout_gbytes * 1e-3
     return time + problem.flops / (gflops * threads) * 1e-3
+
+
+_BACKWARD = 0.6  # of the rate of a forward: the vectorised gradient of the input
+_STRIDED = 0.5  # likewise: a forward with a stride
+_UNFOLDED = 0.45  # of the rate of a product: dilated 3-D under padding of torch's own
+_FULL = 16  # channels a group that fill a product
+
+
+def _product_share(problem: Problem, channels_last: bool, explicit: bool) -> float:
+    """What share of a matrix product's rate a convolution over several channels a group reaches."""
+    ins, outs = problem.c_in // problem.groups, problem.c_out // problem.groups
+    thinnest = min(ins, outs) if problem.direction is Direction.GRAD_INPUT else min(ins * len(problem.taps), outs)
+    share = min(1.0, thinnest / _FULL)
+    if not _is_dilated(problem):
+        return share
+    if problem.axes == 3 and not explicit and max(max(pair) for pair in problem.padding) > 1:
+        return share * _UNFOLDED
+    if channels_last and problem.axes == 2 and not explicit and problem.direction is not Direction.GRAD_WEIGHT:
+        share /= _inside(problem)  # rows and columns of padding are left out
+    return share
+
+
+def _is_dilated(problem: Problem) -> bool:
+    grid = problem.taps.single_grid()
+    return grid is not None and any(d > 1 for d in grid.dilation)
+
+
+@lru_cache(maxsize=4096)
+def _inside(problem: Problem) -> float:
+    """Share of the products whose input lies inside, by rows in full and by columns in part."""
+    shares = []
+    grid = problem.taps.single_grid()
+    assert grid is not None
+    for axis in range(problem.axes):
+        before, extent, count = problem.padding[axis][0], problem.spatial[axis], problem.out_spatial[axis]
+        met = 0
+        for tap in range(grid.size[axis]):
+            start = grid.origin[axis] + tap * grid.dilation[axis] - before
+            met += sum(0 <= start + i * problem.stride[axis] < extent for i in range(count))
+        shares.append(met / max(count * grid.size[axis], 1))
+    return float(shares[0] * shares[-1] ** 0.5) or 1.0
 
 
 def _is_direct(problem: Problem, channels_last: bool, explicit: bool, route: str) -> bool:
@@ -113,9 +163,9 @@ def _is_direct(problem: Problem, channels_last: bool, explicit: bool, route: str
     undilated = all(d == 1 for d in grid.dilation)
     narrow = explicit or all(max(pair) <= _JIT_PADDING for pair in problem.padding)
     if problem.direction is Direction.FORWARD or route == "adjoint":
-        return (channels_last and undilated) or (narrow and problem.axes < 3)
+        return (channels_last and undilated) or (narrow and problem.axes == 2)
     if route == "grouped":  # few taps, or several outputs a channel, and torch's loop over pixels is not vectorised
-        return problem.c_out == problem.c_in and len(problem.taps) > 1 and not (channels_last and problem.axes == 3)
+        return problem.c_out == problem.c_in and len(problem.taps) > 1 and problem.axes < 3
     if problem.direction is Direction.GRAD_INPUT:
         return undilated and problem.axes < 3
     return undilated and grid.size[-1] <= 3 and problem.axes == 2
