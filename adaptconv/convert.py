@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from adaptconv.backends.grid import picked
+from adaptconv.backends.weights import picked
 from adaptconv.errors import ConvArgumentError
 from adaptconv.grids import Offset
 from adaptconv.kernels.base import Family

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
+
+from torch import Tensor
 
 from adaptconv import records
 from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named, backend_names
 from adaptconv.backends.base import Value
 from adaptconv.backends.costs import is_modelled
+from adaptconv.backends.grid import plain_call
 from adaptconv.backends.native import Native, is_plain
 from adaptconv.errors import BackendRejected, UnknownKnob
 from adaptconv.problem import Direction, Problem
 from adaptconv.records import Record
 
 _LOG = logging.getLogger("adaptconv.dispatch")
+Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 NEAREST_WITHIN = 2.0  # distance beyond which a neighbour says nothing: two sizes doubled, or a stale toolchain
 NEAREST_GAIN = 1.25  # a neighbour's gain over native below which native is kept; grows with its distance
@@ -81,6 +86,17 @@ class Plan:
     why: str
     record: Record | None = None
     plain: bool = field(default=False)
+    _call: Call | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def call(self) -> Call:
+        """What runs it, ``(a, b, bias) -> result``; operands and result as in ``Backend.run``. Made once."""
+        if self._call is None:
+            run = backend_named(self.choice.backend).run
+            made = plain_call(self.problem) if self.plain else partial(run, self.problem, self.choice.config)
+            object.__setattr__(self, "_call", made)
+        assert self._call is not None
+        return self._call
 
     @property
     def text(self) -> str:

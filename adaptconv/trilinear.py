@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from adaptconv import dispatch
-from adaptconv.backends import Choice, backend_named
+from adaptconv.backends import Choice
 from adaptconv.backends.base import laid_out
 from adaptconv.dispatch import Plan, Source
 from adaptconv.errors import ConvArgumentError
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
-
-_CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +75,9 @@ def plans_from_text(forward: Problem, text: str) -> Plans:
 
 def execute(plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Run a plan; empty operands are answered here, so that no backend meets one."""
-    problem = plan.problem
     if a.numel() == 0 or b.numel() == 0:
-        return _empty(problem, a, bias)
-    return backend_named(plan.choice.backend).run(problem, plan.choice.config, a, b, bias)
+        return _empty(plan.problem, a, bias)
+    return plan.call(a, b, bias)
 
 
 def _empty(problem: Problem, like: Tensor, bias: Tensor | None) -> Tensor:
@@ -171,18 +168,8 @@ def executor(plans: Plans) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
 
     All that can be settled once is settled here; the result is differentiable in the directions planned.
     """
-    problem = plans.forward.problem
     if plans.plain:
-        grid = problem.taps.single_grid()
-        assert grid is not None, "a plain plan is a single grid"
-        torch_conv, size, dilation = _CONV[problem.axes], grid.size, grid.dilation
-        padding = [before for before, _ in problem.padding]
-
-        def native(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-            weight = w.reshape(*w.shape[:2], *size)
-            return torch_conv(x, weight, bias, problem.stride, padding, dilation, problem.groups)
-
-        return native
+        return plans.forward.call
 
     def differentiable(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return _apply(plans, Direction.FORWARD, x, w, bias)

@@ -17,7 +17,7 @@ from adaptconv.errors import UnknownKnob
 from adaptconv.problem import Problem
 
 Value = str | int | bool
-_TRANSFORMED = torch._C._are_functorch_transforms_active
+transformed = torch._C._are_functorch_transforms_active
 
 
 class Config(Mapping[str, Value]):
@@ -158,7 +158,7 @@ def _value(text: str) -> Value:
 
 def laid_out(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     """A tensor in a memory format; as it is under a torch.func transform, where formats cannot be asked for."""
-    if memory_format is not torch.contiguous_format and _TRANSFORMED():
+    if memory_format is not torch.contiguous_format and transformed():
         return t
     return t.contiguous(memory_format=memory_format)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Space
-from adaptconv.backends.grid import constant, gathered_gradient, grid_space, picked, run_grid, spread_weight
+from adaptconv.backends.grid import grid_space, run_grid
+from adaptconv.backends.weights import constant, gathered_gradient, picked, spread_weight
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern
 

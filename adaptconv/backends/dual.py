@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Space
-from adaptconv.backends.grid import constant, grid_space, picked, run_grid
+from adaptconv.backends.grid import grid_space, run_grid
+from adaptconv.backends.weights import constant, picked
 from adaptconv.grids import Grid
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern

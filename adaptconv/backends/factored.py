@@ -14,7 +14,8 @@ from torch import Tensor
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
 from adaptconv.backends.gather import Gather
-from adaptconv.backends.grid import grid_space, real_constant, run_grid
+from adaptconv.backends.grid import grid_space, run_grid
+from adaptconv.backends.weights import real_constant
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 

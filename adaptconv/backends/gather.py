@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
-from adaptconv.backends.grid import picked
+from adaptconv.backends.weights import picked
 from adaptconv.problem import Direction, Problem
 
 _MIB = 1 << 20

@@ -6,7 +6,7 @@ Everything here is made of torch operations on whole tensors and traces through 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends.base import Config, Knob, Space, laid_out
-from adaptconv.kernel import spreading_values
+from adaptconv.backends.stand_in import is_ordinary, stand_in
+from adaptconv.backends.weights import adjoint_weight
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
 _CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
-_NO_DISPATCH_MODE = torch._C._len_torch_dispatch_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,49 @@ def run_grid(problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tenso
     return laid_out(result, problem.memory_format)
 
 
+def plain_call(problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The plain torch call of a problem, with all that can be settled once settled: ``(a, b, bias) -> result``.
+
+    What ``run_grid`` does under default knobs, for a single grid with even padding. After a call of a few milliseconds
+    nothing of Python is left in the processor's caches, and the way through the knobs then takes tens of microseconds.
+    """
+    grid = geometry(problem)
+    assert grid is not None and grid.symmetric is not None, "a plain call is a single grid with even padding"
+    size, dilation, stride, groups = grid.size, list(grid.dilation), list(problem.stride), problem.groups
+    padding, memory_format, direction = list(grid.symmetric), problem.memory_format, problem.direction
+    if direction is Direction.FORWARD:
+        convolve = _CONV[problem.axes]
+
+        def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            y: Tensor = convolve(x, w.reshape(*w.shape[:2], *size), bias, stride, padding, dilation, groups)
+            return laid_out(y, memory_format)  # as it is, unless the operands are not in the problem's format
+
+        return forward
+    backward, none = torch.ops.aten.convolution_backward.default, [0] * problem.axes
+    into_input = direction is Direction.GRAD_INPUT
+    mask, at = [into_input, not into_input, False], 0 if into_input else 1
+    window = (*problem.weight_shape[:2], *size)
+    shape = problem.input_shape if into_input else window
+    kept: list[Tensor] = []  # a stand-in is addresses without memory: it can be kept
+
+    def unread(like: Tensor) -> Tensor:
+        if not is_ordinary(like):
+            return stand_in(like, shape, memory_format)
+        if not kept:
+            kept.append(stand_in(like, shape, memory_format))
+        return kept[0]
+
+    def gradient(a: Tensor, b: Tensor, _: Tensor | None) -> Tensor:
+        if into_input:
+            dy, x, w = a, unread(a), b.reshape(window)
+        else:
+            x, dy, w = a, b, unread(a)
+        found: Tensor = backward(dy, x, w, None, stride, padding, dilation, False, none, groups, mask)[at]
+        return laid_out(found, memory_format) if into_input else found.flatten(2)
+
+    return gradient
+
+
 def never_returns(problem: Problem) -> bool:
     """Whether torch's own channels_last call for a FORWARD problem would not come back."""
     if problem.direction is not Direction.FORWARD or not problem.is_depthwise:
@@ -175,7 +218,7 @@ def _grad_input(
     if padding is None:
         padding = (0,) * problem.axes
         spatial = tuple(extent + sum(pair) for extent, pair in zip(spatial, grid.padding, strict=True))
-    x = _stand_in(dy, (problem.batch, problem.c_in, *spatial), memory_format)
+    x = stand_in(dy, (problem.batch, problem.c_in, *spatial), memory_format)
     dx: Tensor = _backward(problem, grid, dy, x, weight, padding, (True, False, False))[0]
     return _padded(dx, [-zeros for zeros in grid.pads]) if cropped else dx
 
@@ -190,7 +233,7 @@ def _grad_weight(
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
     x = laid_out(x, memory_format)
     dy = laid_out(dy, memory_format)
-    weight = _stand_in(x, (problem.c_out, problem.c_in // problem.groups, *grid.size), memory_format)
+    weight = stand_in(x, (problem.c_out, problem.c_in // problem.groups, *grid.size), memory_format)
     dw: Tensor = _backward(problem, grid, dy, x, weight, padding, (False, True, False))[1]
     return dw.flatten(2)
 
@@ -224,13 +267,6 @@ def _padded(x: Tensor, pads: list[int]) -> Tensor:
     return F.pad(x, pads)
 
 
-def _stand_in(like: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
-    """What torch's backward asks for and does not compute with: it reads the shape, and routes by the format."""
-    if laid_out(like, memory_format) is like and memory_format is not torch.contiguous_format:
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-    return like.new_empty(shape)
-
-
 def _backward(
     problem: Problem, grid: Geometry, dy: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int],
     mask: tuple[bool, bool, bool],
@@ -239,69 +275,3 @@ def _backward(
         dy, x, weight, None, problem.stride, padding, grid.dilation, False, (0,) * problem.axes, problem.groups, mask
     )
     return result
-
-
-def adjoint_weight(w: Tensor, groups: int) -> Tensor:
-    """The compact weight of the adjoint: channels exchanged within each group, taps reversed.
-
-    ``[C_out, C_in/g, T]`` -> ``[C_in, C_out/g, T]``. Offsets are sorted, so mirroring every axis of the
-    window reverses the order of the taps.
-    """
-    outs, ins, taps = w.shape
-    w = w.reshape(groups, outs // groups, ins, taps).transpose(1, 2)
-    return w.reshape(groups * ins, outs // groups, taps).flip(2)
-
-
-def spread_weight(w: Tensor, taps: TapPattern) -> tuple[Tensor, TapPattern]:
-    """A compact weight on spread taps written out on their plain ones: ``[O, I, T] -> [O, I, T_plain]``."""
-    if taps.footprint is None:
-        return w, taps
-    return w @ _spreading(taps, w.dtype, w.device), taps.spread()[0]
-
-
-def gathered_gradient(dw: Tensor, taps: TapPattern) -> Tensor:
-    """The adjoint of ``spread_weight``: ``[O, I, T_plain] -> [O, I, T]``."""
-    if taps.footprint is None:
-        return dw
-    return dw @ _spreading(taps, dw.dtype, dw.device).t()
-
-
-def _spreading(taps: TapPattern, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return real_constant(spreading_values(taps), dtype, device).reshape(len(taps), len(taps.spread()[0]))
-
-
-def picked(w: Tensor, indices: Sequence[int]) -> Tensor:
-    """Columns of a compact weight by tap index, -1 giving a column of zeros: ``[O, I, len(indices)]``."""
-    taps = w.shape[2]
-    if any(i < 0 for i in indices):
-        w = F.pad(w, (0, 1))
-    return w.index_select(2, constant(tuple(i if i >= 0 else taps for i in indices), w.device))
-
-
-def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """An int64 tensor of known values, kept between eager calls.
-
-    Made afresh under a tracing mode, whose tensors must not outlive it.
-    """
-    if torch.compiler.is_compiling() or _NO_DISPATCH_MODE():  # asked in this order: dynamo cannot trace the second
-        return torch.tensor(values, dtype=torch.long, device=device)
-    return _constant(values, device)
-
-
-def real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of known real values, kept between eager calls."""
-    if torch.compiler.is_compiling() or _NO_DISPATCH_MODE():
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _real_constant(values, dtype, device)
-
-
-@lru_cache(maxsize=1024)
-def _real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
-
-
-@lru_cache(maxsize=1024)
-def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.long, device=device)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends.grid import real_constant
+from adaptconv.backends.weights import real_constant
 from adaptconv.errors import ConvArgumentError
 
 LINEAR = (0.5, 1.0, 0.5)

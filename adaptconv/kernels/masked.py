@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv.backends.grid import constant
+from adaptconv.backends.weights import constant
 from adaptconv.errors import AdaptConvError, ConvArgumentError
 from adaptconv.kernels.base import Family, Ints, Slot, bound_of_uniform, per_axis
 from adaptconv.taps import TapPattern

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from adaptconv.backends.grid import picked
+from adaptconv.backends.weights import picked
 from adaptconv.grids import Offset
 from adaptconv.kernels.base import Family, Ints, Slot, bound_of_uniform, per_axis
 from adaptconv.taps import TapPattern, aligned

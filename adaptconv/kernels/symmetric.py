@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from adaptconv.backends.grid import constant
+from adaptconv.backends.weights import constant
 from adaptconv.errors import ConvArgumentError
 from adaptconv.grids import Offset
 from adaptconv.kernels.base import Family, Ints, Slot, bound_of_uniform

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
 from adaptconv.backends.cpp import build, op
-from adaptconv.backends.grid import adjoint_weight
+from adaptconv.backends.weights import adjoint_weight
 from adaptconv.problem import Direction, Problem
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
