@@ -20,7 +20,7 @@ import torch
 from adaptconv.problem import Device
 
 _STEPS = {
-    "layers": "benchmarks.run --suite cpu --tune --keep-memory --resume --out {out}/cpu-{slug}.json"
+    "layers": "benchmarks.run --suite cpu --tune --keep-memory --resume --out {out}/layers-{slug}.json"
     " --chart {pictures}/layers.png",
     "bfloat16": "benchmarks.run --suite depthwise-bf16 --tune --keep-memory --resume --seconds 0.7"
     " --out {out}/bf16-{slug}.json",

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from adaptconv import measure
-from adaptconv.backends import Choice
+from adaptconv.backends import Choice, backend_named
 from adaptconv.dispatch import Plan
 from adaptconv.measure import Timing
 from adaptconv.tuner.bench import Bench, Discarded
 from adaptconv.tuner.contest import by_hand, contenders
 
+_HOPELESS = 50.0  # times the tuned plan: predicted there, a candidate may take minutes and is not tried
 _FAR = 6.0  # times the tuned plan's first calls: not timed
 _SHORT_MS = 5.0  # first calls below this are repeated before they are believed
 _FINALISTS = 4
@@ -70,7 +71,11 @@ def searched(name: tuple[str, str, str], tuned: Plan, device: torch.device, seco
             Choice(backend.name, backend.version, config)
             for backend in contenders(tuned.problem) for config in backend.space(tuned.problem)
         ]  # fmt: skip
-        candidates = [choice for choice in candidates if choice != tuned.choice]
+        candidates = [
+            choice for choice in candidates
+            if choice != tuned.choice
+            and backend_named(choice.backend).cost(tuned.problem, choice.config) <= _HOPELESS * tuned_us
+        ]  # fmt: skip
         near, unsound = [tuned.choice], 0
         wrong: list[str] = []
         for choice in candidates:

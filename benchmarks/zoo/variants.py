@@ -136,6 +136,21 @@ def error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return max(found) if all(f == f for f in found) else float("inf")
 
 
+def conditioning(network: Network, truth: Sequence[Tensor], *, train: bool, draws: int = 4) -> float:
+    """The largest error of eager torch on inputs that are off by a rounding: what any result may owe to the network.
+
+    An activation with a kink is the usual cause: one value on the other side of zero changes every gradient below it.
+    """
+    found = []
+    for seed in range(draws):
+        run = Run("eager", network, train=train)
+        noise = torch.Generator().manual_seed(seed)
+        run.inputs = tuple(x * (1 + 6e-8 * torch.randn(x.shape, generator=noise)) for x in run.inputs)
+        with nullcontext() if train else torch.no_grad():
+            found.append(error(run.results(), truth))
+    return max(found)
+
+
 def copies_in(run: Run) -> tuple[list[Tensor], int]:
     """The results of a compiled variant's first call, and how many kernels of its code only move data."""
     from torch._inductor.graph import GraphLowering
