@@ -268,7 +268,9 @@ def test_a_far_slower_variant_is_not_timed_again_and_a_loss_is(monkeypatch: pyte
     monkeypatch.setattr(rows, "_first_ms", lambda variant, device: pace[f"{variant.kind} {variant.way}"])
     monkeypatch.setattr(rows.measure, "interleave", timed)
     row = rows.measured(LAYERS[0], Direction.FORWARD, CPU, LIMITS, seconds=0.25)
-    assert asked == [(0.25, {"eager conv", "eager slower", "dispatch"}), (1.0, {"eager conv", "dispatch"})]
+    duel = {"eager conv", "dispatch"}
+    assert asked == [(0.25, {*duel, "eager slower"}), (0.125, duel), (0.5, duel), (0.5, duel)]
+    assert row.duel_ms == {"eager contiguous conv": 10.0, "dispatch contiguous": 11.0}
     assert row.ratio == pytest.approx(10 / 11) and row.times_ms["eager contiguous slow"] == 100.0
     assert row.rounds["eager contiguous slow"] == 0 < row.rounds["eager contiguous slower"]
 

@@ -129,7 +129,8 @@ def measured(
         device: where to run.
         limits: ``benchmarks.limits.rates`` in the layer's dtype.
         level: which rivals, see ``variants_of``.
-        seconds: of timing, all variants together; four times that again where the ratio is under 0.97.
+        seconds: of timing, all variants together; half of that again for the fastest of each side, and four times where
+            the ratio is under 0.97.
         settings: put into the row as they are.
 
     Raises:
