@@ -237,6 +237,7 @@ def test_a_problem_that_torch_cannot_run_is_left_with_the_reason(monkeypatch: py
         raise RuntimeError("not implemented for 'Half'")
 
     monkeypatch.setattr(Native, "run", fails)
+    monkeypatch.setattr("adaptconv.dispatch.plain_call", lambda problem: fails)
     result = tune_problems([problem_of()], progress=False)
     assert result.rows[0].record is None
     assert result.rows[0].status.startswith("not tuned: plain torch cannot run it") and "Half" in result.rows[0].status
