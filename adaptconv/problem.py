@@ -96,7 +96,7 @@ class Problem:
         c_out: output channels.
         groups: channel groups.
         spatial: input extents.
-        taps: where the taps sit.
+        taps: where the taps sit. Their density is kept for depthwise problems with a weight to read, else set to 1.
         stride: output step an axis.
         padding: zeros (before, after) an axis.
         dtype: "float32", "bfloat16", ...
@@ -123,6 +123,11 @@ class Problem:
     bias: bool = False
     fp32_precision: str = "ieee"
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        # Zeros of its own in each channel's window matter to nobody else: without them more records are shared.
+        if self.taps.density != 1 and (self.groups != self.c_in or self.direction is Direction.GRAD_WEIGHT):
+            object.__setattr__(self, "taps", self.taps.with_density(1.0))
 
     @property
     def axes(self) -> int:
@@ -221,6 +226,7 @@ class Problem:
         if len(taps) > 24:
             kind = "taps" if self.taps.footprint is None else "spread taps"
             taps = f"{len(self.taps)} {kind} in {'x'.join(map(str, self.taps.window))}"
+            taps += "" if self.taps.density == 1 else f" ~{self.taps.density:g}"
         groups = "depthwise" if self.is_depthwise and self.c_out == self.c_in else f"groups {self.groups}"
         return (
             f"{self.direction} {self.batch}x{self.c_in}x{'x'.join(map(str, self.spatial))} -> {self.c_out}, "

@@ -1,4 +1,7 @@
-"""The text of a tap pattern: a grid ``3x3d2x2`` or a mask ``010/111/010``, with ``*0.5,1,0.5`` for a footprint."""
+"""The text of a tap pattern: a grid ``3x3d2x2`` or a mask ``010/111/010``, then maybe a footprint or a density.
+
+The footprint is written ``*0.5,1,0.5``, one filter an axis; the density ``~0.5``.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ Footprint = tuple[tuple[float, ...], ...]
 MAX_AXES = 3
 
 
-def written(offsets: Offsets, window: Offset, footprint: Footprint | None) -> str:
+def written(offsets: Offsets, window: Offset, footprint: Footprint | None, density: float) -> str:
     """Canonical text of a pattern: equal patterns have equal text."""
     if footprint is None:
-        return _core(offsets, window)
+        return _core(offsets, window) + ("" if density == 1 else f"~{density:.17g}")
     core = tuple(w - len(f) + 1 for w, f in zip(window, footprint, strict=True))
     filters = [",".join(f"{value:.17g}" for value in axis_filter) for axis_filter in footprint]
     return f"{_core(offsets, core)}*{'x'.join(filters)}"
@@ -58,6 +61,18 @@ def read_footprint(text: str, axes: int) -> Footprint:
             f"cannot read the footprint {text!r}: expected {axes} filters such as '0.5,1,0.5', joined by 'x'"
         )
     return footprint
+
+
+def read_density(text: str) -> float:
+    """What follows the ``~``.
+
+    Raises:
+        ConvArgumentError: it is no number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ConvArgumentError(f"cannot read the density {text!r}: expected a share such as '0.125'") from None
 
 
 def read_mask(text: str) -> list[list[list[int]]]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from adaptconv.errors import ConvArgumentError
 from adaptconv.grids import Grid, Offset, cover, single_grid
-from adaptconv.tap_text import MAX_AXES, Footprint, read_footprint, read_grid, read_mask, written
+from adaptconv.tap_shapes import grid_offsets, mask_offsets, partial_offsets, per_axis, rounded_density
+from adaptconv.tap_text import MAX_AXES, Footprint, read_density, read_footprint, read_grid, read_mask, written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,17 +29,22 @@ class TapPattern:
         window: dense extent along each axis (1 to 3 axes), footprints included, so that padding means
             what torch means.
         footprint: None, or one filter an axis; every tap is spread by their outer product.
+        density: what share of a channel's taps is expected to carry a weight that is not zero, where each channel has
+            holes of its own in the window they share. A hint, rounded up to two significant bits: it steers which way
+            is chosen and what the tuner measures, never a result. Always 1 with a footprint.
         text: canonical text: equal patterns have equal text, and ``parse`` reads it back. A plain
             attribute, so that a tracer finds a constant.
 
     Raises:
         ConvArgumentError: an offset outside the window, repeated, or of the wrong rank; a window
-            that is empty or has no or more than three axes; a footprint of another rank, or empty.
+            that is empty or has no or more than three axes; a footprint of another rank, or empty; a density
+            that is not above 0 and at most 1.
     """
 
     offsets: tuple[Offset, ...]
     window: Offset
     footprint: Footprint | None = None
+    density: float = 1.0
     text: str = field(init=False, repr=False, default="")
     _hash: int = field(init=False, repr=False, default=0)
 
@@ -66,8 +72,10 @@ class TapPattern:
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "footprint", footprint)
-        object.__setattr__(self, "_hash", hash((offsets, window, footprint)))
-        object.__setattr__(self, "text", written(offsets, window, footprint))
+        density = rounded_density(self.density) if footprint is None else 1.0
+        object.__setattr__(self, "density", density)
+        object.__setattr__(self, "_hash", hash((offsets, window, footprint, density)))
+        object.__setattr__(self, "text", written(offsets, window, footprint, density))
 
     def __hash__(self) -> int:
         return self._hash
@@ -77,8 +85,8 @@ class TapPattern:
             return True
         if not isinstance(other, TapPattern):
             return NotImplemented
-        return self._hash == other._hash and (self.window, self.footprint, self.offsets) == (
-            other.window, other.footprint, other.offsets
+        return self._hash == other._hash and (self.window, self.footprint, self.density, self.offsets) == (
+            other.window, other.footprint, other.density, other.offsets
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -95,8 +103,8 @@ class TapPattern:
             dilation: step between taps, an int or one an axis.
             axes: number of axes when ``size`` is an int (default 1).
         """
-        sizes = _per_axis(size, (axes or 1) if isinstance(size, int) else len(size), "size")
-        dilations = _per_axis(dilation, len(sizes), "dilation")
+        sizes = per_axis(size, (axes or 1) if isinstance(size, int) else len(size), "size")
+        dilations = per_axis(dilation, len(sizes), "dilation")
         return _grid(sizes, dilations)
 
     @staticmethod
@@ -118,47 +126,12 @@ class TapPattern:
         Example: ``partial(island=3, wing=4, dilation=2)`` is ``101010111010101`` with its ends:
         the dilated grid through the centre continues until ``wing`` taps stand outside the island.
         """
-        lengths = [len(v) for v in (island, wing, dilation) if not isinstance(v, int)]
-        rank = lengths[0] if lengths else (axes or 1)
-        islands = _per_axis(island, rank, "island")
-        wings = _per_axis(wing, rank, "wing", least=0)
-        dilations = _per_axis(dilation, rank, "dilation")
-        if any(width % 2 == 0 for width in islands):
-            raise ConvArgumentError(
-                f"the island of a partially dilated kernel must be odd on every axis, got {islands}"
-            )
-        halves = [width // 2 for width in islands]
-        reach = [half // d + w for half, d, w in zip(halves, dilations, wings, strict=True)]
-        radius = [max(half, r * d) for half, r, d in zip(halves, reach, dilations, strict=True)]
-        dense = itertools.product(*(range(c - h, c + h + 1) for c, h in zip(radius, halves, strict=True)))
-        wide = itertools.product(
-            *(range(c - r * d, c + r * d + 1, d) for c, r, d in zip(radius, reach, dilations, strict=True))
-        )
-        return TapPattern(tuple(set(dense) | set(wide)), tuple(2 * c + 1 for c in radius))
+        return TapPattern(*partial_offsets(island, wing, dilation, axes))
 
     @staticmethod
     def from_mask(mask: Any) -> TapPattern:
         """The non-zero positions of a mask (nested sequences, a NumPy array or a tensor, 1 to 3 axes)."""
-        nested = mask.tolist() if hasattr(mask, "tolist") else mask
-        window: list[int] = []
-        level = nested
-        while isinstance(level, (list, tuple)):
-            window.append(len(level))
-            level = level[0] if level else 0
-        offsets: list[Offset] = []
-
-        def walk(part: Any, prefix: Offset) -> None:
-            if len(prefix) == len(window):
-                if part:
-                    offsets.append(prefix)
-                return
-            if not isinstance(part, (list, tuple)) or len(part) != window[len(prefix)]:
-                raise ConvArgumentError("a tap mask must be rectangular: every row of an axis has the same length")
-            for i, item in enumerate(part):
-                walk(item, (*prefix, i))
-
-        walk(nested, ())
-        return TapPattern(tuple(offsets), tuple(window))
+        return TapPattern(*mask_offsets(mask))
 
     @staticmethod
     def parse(text: str) -> TapPattern:
@@ -167,7 +140,8 @@ class TapPattern:
         Two forms: a grid, ``"3x3"`` or ``"3x3d2x2"``; or a mask of 0 and 1, rows joined by ``/`` and planes by
         ``//``, e.g. ``"101010101111101010101"`` or ``"010/111/010"``; a 2-D mask of one row ends in ``/``, a 3-D
         mask of one plane in ``//``. A lone run of 0 and 1 is always a mask: write a 1-D grid of ten taps as
-        ``"10d1"``. Either may be followed by a footprint, one filter an axis: ``"3x3d2x2*0.5,1,0.5x0.5,1,0.5"``.
+        ``"10d1"``. Either may be followed by a footprint, one filter an axis: ``"3x3d2x2*0.5,1,0.5x0.5,1,0.5"``,
+        or by a density: ``"17x17~0.125"``.
         """
         return _parse(text.strip())
 
@@ -192,15 +166,15 @@ class TapPattern:
         if self.footprint != other.footprint:
             raise ConvArgumentError("the union of two patterns needs one footprint: spread them to plain taps first")
         window, (mine, theirs) = aligned(self, other)
-        return TapPattern(tuple(set(mine) | set(theirs)), window, self.footprint)
+        density = max(self.density, other.density)
+        return TapPattern(tuple(set(mine) | set(theirs)), window, self.footprint, density)
 
     def flipped(self) -> TapPattern:
         """The pattern mirrored along every axis: the taps of the input gradient at stride 1."""
         room = _shrunk(self.window, self.footprint)
         footprint = None if self.footprint is None else tuple(values[::-1] for values in self.footprint)
-        return TapPattern(
-            tuple(tuple(w - 1 - i for i, w in zip(o, room, strict=True)) for o in self.offsets), self.window, footprint
-        )
+        offsets = tuple(tuple(w - 1 - i for i, w in zip(o, room, strict=True)) for o in self.offsets)
+        return TapPattern(offsets, self.window, footprint, self.density)
 
     @property
     def core(self) -> TapPattern:
@@ -273,7 +247,11 @@ class TapPattern:
 
     def subset(self, indices: Iterable[int]) -> TapPattern:
         """The taps with these indices, in the same window."""
-        return TapPattern(tuple(self.offsets[i] for i in indices), self.window, self.footprint)
+        return TapPattern(tuple(self.offsets[i] for i in indices), self.window, self.footprint, self.density)
+
+    def with_density(self, share: float) -> TapPattern:
+        """The same taps, of which a channel is expected to use this share."""
+        return self if share == self.density else TapPattern(self.offsets, self.window, self.footprint, share)
 
     def __str__(self) -> str:
         return self.text
@@ -299,21 +277,16 @@ def aligned(*patterns: TapPattern) -> tuple[Offset, list[list[Offset]]]:
     return window, moved
 
 
-def _per_axis(value: int | Sequence[int], axes: int, name: str, least: int = 1) -> Offset:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes or not all(isinstance(v, int) and v >= least for v in values):
-        raise ConvArgumentError(f"{name} must be an int or {axes} ints of at least {least}, got {value!r}")
-    return values
-
-
 @lru_cache(maxsize=4096)
 def _grid(size: Offset, dilation: Offset) -> TapPattern:
-    offsets = itertools.product(*(range(0, s * d, d) for s, d in zip(size, dilation, strict=True)))
-    return TapPattern(tuple(offsets), tuple((s - 1) * d + 1 for s, d in zip(size, dilation, strict=True)))
+    return TapPattern(*grid_offsets(size, dilation))
 
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> TapPattern:
+    text, tilde, density = text.partition("~")
+    if tilde:
+        return _parse(text).with_density(read_density(density))
     text, star, footprint = text.partition("*")
     if text and set(text) <= {"0", "1", "/"}:
         planes = read_mask(text)

@@ -30,7 +30,7 @@ class Layer:
         c_out: output channels.
         groups: channel groups.
         spatial: input extents.
-        taps: text of a ``TapPattern``: a grid (``3x3d6x6``) or a mask, maybe with a footprint.
+        taps: text of a ``TapPattern``: a grid (``3x3d6x6``) or a mask, maybe with a footprint or a density.
         stride: output step an axis.
         padding: zeros (before, after) an axis.
         dtype: "float32", "bfloat16", ...
@@ -126,7 +126,8 @@ class _Row:
     def layer(self, size: tuple[int, int, int], dtype: str) -> Layer:
         """The row at one size, ``full`` or ``cpu``."""
         batch, c_in, c_out = size
-        window = TapPattern.parse(self.taps).window
+        pattern = TapPattern.parse(self.taps)
+        window = pattern.window
         padding = tuple((extent - 1, 0) for extent in window) if self.causal else same_padding(window)
         return Layer(
             name=self.name,
@@ -136,7 +137,7 @@ class _Row:
             c_out=c_out,
             groups=c_in if self.groups == DEPTHWISE else self.groups,
             spatial=self.spatial,
-            taps=self.taps,
+            taps=self.taps if not self.holes else str(pattern.with_density(self.holes / len(pattern))),
             stride=(self.stride,) * len(self.spatial),
             padding=((0, 0),) * len(self.spatial) if self.valid else padding,
             dtype=dtype,

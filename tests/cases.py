@@ -105,6 +105,7 @@ CASES = (
     case("2d-multiplier", "3x3", (9, 9), channels=(4, 8), groups=4, pad=1, bias=True),
     case("2d-multiplier-strided", "3x3d2x1", (10, 9), channels=(3, 6), groups=3, stride=2, pad=(2, 1)),
     case("2d-depthwise-large-k17", "17x17", (18, 19), batch=1, channels=(4, 4), groups=4, pad=8),
+    case("2d-depthwise-holes-of-each", "7x7~0.25", (12, 11), channels=(4, 4), groups=4, pad=3),
     case("2d-depthwise-51x5", "51x5", (30, 9), batch=1, channels=(2, 2), groups=2, pad=(25, 2)),
     case("2d-odd-channels", "3x3", (7, 7), batch=1, channels=(3, 7), pad=1),
     case("2d-one-channel", "3x3", (6, 6), channels=(1, 1), pad=1),

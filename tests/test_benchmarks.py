@@ -210,7 +210,7 @@ def test_suites_are_cut_from_one_table() -> None:
     assert set(MUST_SHOW) < set(named)
     classic, holes = named["dense-k17"], named["holes-34of17"]
     assert (classic.batch, classic.c_in, classic.spatial, classic.taps) == (4, 96, (56, 56), "17x17")
-    assert (holes.taps, holes.holes, classic.holes) == ("17x17", 34, 0)
+    assert (holes.taps, holes.holes, classic.holes) == ("17x17~0.125", 34, 0)
 
 
 # ---- rows and what is said of them --------------------------------------------------------------

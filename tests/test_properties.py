@@ -136,10 +136,13 @@ def patterns(draw: st.DrawFn, least: int = 0) -> TapPattern:
 
 @st.composite
 def maybe_spread(draw: st.DrawFn, least: int = 0) -> TapPattern:
-    """Any taps, half of the time each spread by a small filter."""
+    """Any taps, some each spread by a small filter, some with a density."""
     pattern = draw(patterns(least))
-    if draw(st.booleans()):
+    sort = draw(st.sampled_from(["plain", "holes", "spread"]))
+    if sort == "plain":
         return pattern
+    if sort == "holes":
+        return pattern.with_density(draw(st.floats(0, 1, exclude_min=True)))
     values = st.lists(st.sampled_from([0.5, 1.0, -0.25, 1 / 3, 1e-9]), min_size=1, max_size=3)
     return pattern.spread_by([draw(values) for _ in range(pattern.axes)])
 
@@ -153,8 +156,28 @@ def test_text_says_a_pattern_and_only_that_pattern(pattern: TapPattern) -> None:
 @given(one=maybe_spread(), other=maybe_spread())
 def test_patterns_are_equal_exactly_when_their_texts_are(one: TapPattern, other: TapPattern) -> None:
     assert (one == other) == (str(one) == str(other))
-    same = (one.window, one.footprint, one.offsets) == (other.window, other.footprint, other.offsets)
+    same = (one.window, one.footprint, one.density, one.offsets) == (
+        other.window, other.footprint, other.density, other.offsets
+    )  # fmt: skip
     assert (one == other) == same
+
+
+@given(share=st.floats(2**-10, 1), pattern=patterns())
+def test_a_density_is_rounded_up_a_little(share: float, pattern: TapPattern) -> None:
+    holes = pattern.with_density(share)
+    assert share <= holes.density <= min(1, 1.5 * share)
+    assert holes.with_density(holes.density) == holes
+    assert holes.flipped().density == holes.subset(range(len(holes))).density == holes.density
+    assert holes.union(pattern).density == 1
+    assert holes.with_density(1) == pattern
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan")])
+def test_a_density_that_is_no_share_is_refused(share: float) -> None:
+    with pytest.raises(adaptconv.errors.ConvArgumentError, match="density"):
+        TapPattern.grid((3, 3)).with_density(share)
+    with pytest.raises(adaptconv.errors.ConvArgumentError, match="density"):
+        TapPattern.parse(f"3x3~{share}x")
 
 
 @given(pattern=patterns())
@@ -388,6 +411,19 @@ def test_a_key_differs_when_any_field_differs() -> None:
             assert key not in keys, f"{name}={value} shares a key"
             keys.add(key)
     assert len(keys) == 1 + sum(map(len, OTHER.values()))
+
+
+def test_a_density_counts_where_a_weight_of_one_channel_is_read() -> None:
+    depthwise = replace(BASE, c_in=4, c_out=4, groups=4)
+    holes = replace(depthwise, taps=depthwise.taps.with_density(0.3))
+    assert holes.taps.density == 0.375
+    assert "~0.375" in holes.key() and "~0.375" not in str(depthwise)
+    assert holes.facing(Direction.GRAD_INPUT).taps == holes.taps
+    assert holes.facing(Direction.GRAD_WEIGHT) == depthwise.facing(Direction.GRAD_WEIGHT)
+    assert replace(holes, groups=2) == replace(depthwise, groups=2)
+    features = parse_key(holes.key())
+    assert (features.density, features.taps_class, features.taps) == (0.375, "holes", 9)
+    assert features.family != parse_key(depthwise.key()).family
 
 
 @settings(max_examples=200)

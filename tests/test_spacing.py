@@ -284,6 +284,20 @@ def test_no_element_vanishes_in_a_window_of_even_size() -> None:
                 torch.testing.assert_close(layer.kernel.dense().sum(), torch.tensor(1.0))
 
 
+def test_a_linear_version_says_how_many_taps_a_channel_can_touch() -> None:
+    def share(version: str, **settings: Any) -> float:
+        return AdaptiveConv2d(4, 4, LearnableSpacing(**settings, version=version), groups=4).taps.density
+
+    assert share("v1", count=34, window=17) == 0.5  # 4 * 34 of 289
+    assert share("v0", count=3, window=9, dense=3) == 0.75  # 2 * 3 of 9, in each of 3 rows
+    assert share("v1", count=100, window=17) == 1
+    assert share("max", count=34, window=17) == share("gauss", count=34, window=17) == 1  # as wide as SIG says
+    layer = AdaptiveConv2d(64, 64, LearnableSpacing(12, window=11, version="v1"), groups=64)
+    layer.weight.data.fill_(1.0)
+    used = (layer.kernel.weight != 0).double().mean()
+    assert 0 < used <= layer.taps.density
+
+
 def test_the_version_changes_while_the_layer_lives() -> None:
     torch.manual_seed(0)
     layer = AdaptiveConv2d(2, 2, LearnableSpacing(3, 5), dtype=torch.float64)

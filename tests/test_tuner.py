@@ -300,6 +300,15 @@ def many(count: int) -> list[Problem]:
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT])
+def test_operands_have_holes_where_the_problem_has(direction: Direction) -> None:
+    holes = case("holes", "5x5~0.25", (9, 8), channels=(4, 4), groups=4, pad=2)
+    weight = bench.Bench(problem_of(holes, direction), torch.device("cpu")).b
+    used = (weight != 0).sum(-1)
+    assert bool((used == 6).all()), "a quarter of 25"
+    assert len({tuple(row) for row in (weight[:, 0] != 0).tolist()}) > 1, "at places of each channel's own"
+
+
 def test_known_problems_are_skipped_and_force_tunes_them_again(clock: Callable[..., FakeClock]) -> None:
     clock({LAST: (40, 39)})
     first = tune_problems(many(2), progress=False)

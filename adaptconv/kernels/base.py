@@ -201,7 +201,9 @@ def without_dead_taps(kernel: Kernel) -> Kernel:
     Raises:
         ConvArgumentError: no tap is left.
     """
-    live = (kernel.weight != 0).any(0).any(0).nonzero().flatten().tolist()
+    used = kernel.weight != 0
+    live = used.any(0).any(0).nonzero().flatten().tolist()
     if not live:
         raise ConvArgumentError("every tap of this kernel is zero: nothing is left to convolve with")
-    return Kernel(kernel.weight[:, :, live].clone(), kernel.taps.subset(live))
+    share = float(used[:, :, live].float().mean())  # channels may have holes of their own
+    return Kernel(kernel.weight[:, :, live].clone(), kernel.taps.subset(live).with_density(share))

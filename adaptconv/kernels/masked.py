@@ -160,7 +160,10 @@ class Masked(Family):
             if self.gradient == "masked":
                 live = tuple(i for i, column in enumerate(columns) if any(column))
             is_shared = all(all(columns[i]) for i in live)
-        object.__setattr__(family, "_taps", taps.subset(live))
+            share = sum(sum(columns[i]) for i in live) / sum(len(columns[i]) for i in live)
+        else:
+            share = self.density or 1.0  # what a threshold will leave is not known
+        object.__setattr__(family, "_taps", taps.subset(live).with_density(share))
         object.__setattr__(family, "_live", live)
         object.__setattr__(family, "_is_shared", is_shared)
         return family

@@ -79,7 +79,7 @@ class LearnableSpacing(Family):
         new = replace(self, window=window, dense=dense or None)
         new._check_count(math.prod(window))
         object.__setattr__(new, "_rule", new._rule_for(window))
-        object.__setattr__(new, "_taps", new._taps_for((*dense, *window)))
+        object.__setattr__(new, "_taps", new._taps_for((*dense, *window)).with_density(new._density(window)))
         return new
 
     def _sizes(self, axes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -104,6 +104,12 @@ class LearnableSpacing(Family):
 
     def _taps_for(self, window: tuple[int, ...]) -> TapPattern:
         return TapPattern.grid(window)
+
+    def _density(self, window: tuple[int, ...]) -> float:
+        """Share of the window that the elements of a channel can touch: two places an axis each where it is linear."""
+        if self.version in WITH_SIGMA:  # as wide as SIG says
+            return 1.0
+        return min(1.0, self.count * 2.0 ** len(window) / math.prod(window))
 
     @property
     def rule(self) -> Rule:

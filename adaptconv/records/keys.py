@@ -27,6 +27,7 @@ _PAD = rf"-?{_SIZE}(?::-?{_SIZE})?"
 _KEY = re.compile(
     rf"(?P<direction>forward|grad_input|grad_weight) n(?P<batch>{_SIZE}) c(?P<c_in>{_SIZE})-(?P<c_out>{_SIZE})"
     rf" g(?P<groups>{_SIZE}) i(?P<spatial>{_SIZES}) t(?P<taps>[\dxd/]+)(?:\*(?P<footprint>[\d.,ex+-]+))?"
+    rf"(?:~(?P<density>0\.\d{{1,40}}))?"
     rf" s(?P<stride>{_SIZES})"
     rf" p(?P<padding>{_PAD}(?:x{_PAD}){{0,2}}) (?P<dtype>\w+) (?P<layout>\w+) (?P<bias>bias|nobias)"
     r" (?P<fp32_precision>\S+) (?P<order>deterministic|anyorder) @(?P<device>\S+)",
@@ -49,8 +50,9 @@ class Features:
         groups: channel groups.
         spatial: input extents.
         taps: number of taps.
-        taps_class: "spread" (with a footprint), "single", "dense" (one grid, dilation 1), "dilated" (one grid) or
-            "irregular".
+        taps_class: "spread" (with a footprint), "holes" (of each channel: with a density), "single", "dense" (one grid,
+            dilation 1), "dilated" (one grid) or "irregular".
+        density: share of its taps that a channel is expected to use.
         window: dense extent of the taps along each axis, footprints included.
         dilation: step between taps along each axis; 1 where there is no single grid.
         stride: output step along each axis.
@@ -71,6 +73,7 @@ class Features:
     spatial: tuple[int, ...]
     taps: int
     taps_class: str
+    density: float
     window: tuple[int, ...]
     dilation: tuple[int, ...]
     stride: tuple[int, ...]
@@ -118,6 +121,7 @@ class Features:
             _log(self.c_out),
             0.5 * _log(self.groups),
             _log(self.taps),
+            -math.log2(self.density),
             *(axis * _log(extent) for extent in self.spatial),
             *(0.5 * axis * _log(extent) for extent in self.window),
             *(axis * _log(step) for step in self.dilation),
@@ -144,6 +148,8 @@ def parse_key(key: str) -> Features:
         raise ValueError(f"the fields of a key disagree on the number of axes: {key[:80]!r}")
     if match["footprint"]:
         taps_class = "spread"
+    elif match["density"]:
+        taps_class = "holes"
     elif taps == 1:
         taps_class = "single"
     elif regular:
@@ -152,8 +158,9 @@ def parse_key(key: str) -> Features:
         taps_class = "irregular"
     return Features(
         match["direction"], int(match["batch"]), int(match["c_in"]), int(match["c_out"]), int(match["groups"]),
-        spatial, taps, taps_class, window, dilation, stride, padding, match["dtype"], match["layout"],
-        match["bias"] == "bias", match["fp32_precision"], match["order"] == "deterministic", match["device"],
+        spatial, taps, taps_class, float(match["density"] or 1), window, dilation, stride, padding, match["dtype"],
+        match["layout"], match["bias"] == "bias", match["fp32_precision"], match["order"] == "deterministic",
+        match["device"],
     )  # fmt: skip
 
 

@@ -247,15 +247,23 @@ def _operands(problem: Problem, device: torch.device, seed: int) -> tuple[Tensor
 
     plain = torch.contiguous_format
     ins, outs = problem.c_in // problem.groups, problem.c_out // problem.groups
-    taps = max(len(problem.taps), 1)
+    live = max(round(problem.taps.density * len(problem.taps)), 1)
+
+    def weight(summed: int) -> Tensor:
+        w = normal(problem.weight_shape, (summed * live) ** -0.5, plain)
+        if live >= len(problem.taps):
+            return w
+        ranks = torch.rand(w.shape, generator=generator, device=device).argsort(-1).argsort(-1)
+        return w * (ranks < live)  # zeros are skipped by some, at every channel's own places
+
     # A "mixed" problem has a contiguous input; whatever comes back from its output is in the output's format.
     x_format = problem.memory_format if problem.layout == "channels_last" else plain
     if problem.direction is Direction.FORWARD:
-        x, w = normal(problem.input_shape, 1.0, x_format), normal(problem.weight_shape, (ins * taps) ** -0.5, plain)
+        x, w = normal(problem.input_shape, 1.0, x_format), weight(ins)
         return x, w, normal((problem.c_out,), 1.0, plain) if problem.bias else None
     if problem.direction is Direction.GRAD_INPUT:
         dy = normal(problem.output_shape, 1.0, problem.memory_format)
-        return dy, normal(problem.weight_shape, (outs * taps) ** -0.5, plain), None
+        return dy, weight(outs), None
     pixels = max(problem.batch * math.prod(problem.out_spatial), 1)
     dy = normal(problem.output_shape, pixels**-0.5, problem.memory_format)
     return normal(problem.input_shape, 1.0, x_format), dy, None

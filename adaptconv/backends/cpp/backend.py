@@ -48,9 +48,9 @@ class Cpp(Backend):
         live, offsets = op.flattened(here)
         width = here.out_spatial[-1]
         filled = width / (math.ceil(width / _LANES) * _LANES)
-        share = len(live) / max(len(problem.taps), 1)
+        share = len(live) / max(len(problem.taps), 1) * here.taps.density
         if "rows" in config and offsets:
-            share *= _row_cost(here, int(config["rows"])) / (1.5 * len(offsets))
+            share *= _row_cost(here, int(config["rows"])) / (1.5 * len(offsets) * here.taps.density)
         lanes = 2 if problem.dtype == "float64" else 1
         known = costs.rates(problem.device)
         gflops = known.cpp_weight_gflops if problem.direction is Direction.GRAD_WEIGHT else known.cpp_gflops
@@ -111,4 +111,4 @@ def _rows(problem: Problem) -> int:
 def _row_cost(here: Problem, rows: int) -> float:
     """What an output row costs in blocks of so many."""
     _, offsets = op.flattened(here)
-    return op.best_step(offsets, rows, here.stride[-2], here.out_spatial[-2])[1]
+    return op.best_step(offsets, rows, here.stride[-2], here.out_spatial[-2], here.taps.density)[1]

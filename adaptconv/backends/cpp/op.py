@@ -53,21 +53,23 @@ class Geometry:
     partial: tuple[int, int, int]
 
 
-def best_step(offsets: Sequence[tuple[int, int, int]], rows: int, stride: int, height: int) -> tuple[int, float]:
+def best_step(
+    offsets: Sequence[tuple[int, int, int]], rows: int, stride: int, height: int, density: float = 1.0
+) -> tuple[int, float]:
     """The distance between the rows of a block at which they share most input, and the cost of an output row.
 
-    The cost counts loads as one and multiply-adds as a half.
+    The cost counts loads as one and multiply-adds as a half; of the taps a channel has this density, at random.
     """
     if rows == 1:
-        return 1, 1.5 * len(offsets)
+        return 1, 1.5 * len(offsets) * density
     heights = sorted({y for _, y, _ in offsets})
     gaps = [b - a for a, b in itertools.pairwise(heights)]
     candidates = {1} | {gap // stride for gap in (math.gcd(*gaps), min(gaps)) if gap % stride == 0} if gaps else {1}
     best = (1, math.inf)
     for step in sorted(candidates):
-        places = len(_places(offsets, rows, step * stride))
+        places = _loads(_places(offsets, rows, step * stride), density)
         blocks = sum(math.ceil(math.ceil((height - p) / step) / rows) for p in range(min(step, height)))
-        cost = blocks * (places + 0.5 * rows * len(offsets)) / height
+        cost = blocks * (places + 0.5 * rows * len(offsets) * density) / height
         if cost < best[1]:
             best = step, cost
     return best
@@ -80,6 +82,13 @@ def _places(offsets: Sequence[tuple[int, int, int]], rows: int, apart: int) -> d
         for i in range(rows):
             places.setdefault((z, y + i * apart, x), [-1] * rows)[i] = t
     return places
+
+
+def _loads(places: dict[tuple[int, int, int], list[int]], density: float) -> float:
+    """How many of the places a block is expected to load: those with a weight for any of its rows."""
+    if density == 1:
+        return len(places)
+    return sum(1 - (1 - density) ** sum(t >= 0 for t in taps) for taps in places.values())
 
 
 def _runs(offsets: Sequence[tuple[int, int, int]], stride: int, height: int) -> tuple[int, list[list[int]]]:
@@ -131,7 +140,7 @@ def geometry(problem: Problem, rows: int, tile_kib: int) -> Geometry:
     ins, outs = problem.c_in // problem.groups, problem.c_out // problem.groups
     step = 1
     if forward:
-        step = best_step(offsets, rows, stride[1], out[1])[0]
+        step = best_step(offsets, rows, stride[1], out[1], problem.taps.density)[0]
         table = [
             [*place, *(live[t] if t >= 0 else -1 for t in taps)]
             for place, taps in _places(offsets, rows, step * stride[1]).items()
