@@ -228,7 +228,7 @@ def _report(title: str, rows: Iterable[Row], note: str = "", device: torch.devic
 
 def _dry_run(model: Any, example_inputs: Any, train: bool) -> Report:
     from adaptconv.compile.optimize import as_arguments, collect_sites
-    from adaptconv.compile.rewrite import SiteReport, judge
+    from adaptconv.compile.judging import SiteReport, judge
 
     args, kwargs = as_arguments(example_inputs)
     rows: list[Row] = []

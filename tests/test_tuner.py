@@ -372,6 +372,25 @@ def test_a_spent_budget_keeps_what_is_finished(
     assert len(list(records.default_store().records())) == 3
 
 
+def test_a_short_budget_tunes_the_costliest_and_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, clock: Callable[..., FakeClock]
+) -> None:
+    clock()
+    now, shares = [0.0], []
+    hold = contest.hold
+
+    def timed(problem: Problem, device: torch.device, *, budget_s: float, **settings: Any) -> Record:
+        shares.append(budget_s)
+        now[0] += budget_s
+        return hold(problem, device, budget_s=AMPLE_S, **settings)
+
+    monkeypatch.setattr(session, "monotonic", lambda: now[0])
+    monkeypatch.setattr(contest, "hold", timed)
+    result = tune_problems(many(10), budget_s=1.3, progress=False)
+    assert shares == [session.LEAST_S, session.LEAST_S, pytest.approx(0.3)], "the last gets what is left"
+    assert [row.problem.batch for row in result.rows if row.record] == [8, 9, 10]
+
+
 def test_out_of_time_every_backend_still_gets_its_screening(clock: Callable[..., FakeClock]) -> None:
     fake = clock({"gather@1{workspace_mib=32}": (10, 9)})
     result = tune_problems([problem_of()], budget_s=1e-9 + 1e-3, progress=False)

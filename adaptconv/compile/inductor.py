@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptconv.compile.rewrite import SiteReport, rewrite
+from adaptconv.compile.judging import SiteReport
+from adaptconv.compile.rewrite import rewrite
 
 LOG_OPTION = "adaptconv.log"
 Compiled = Callable[..., Any]

@@ -26,6 +26,7 @@ from adaptconv.tuner.result import KNOWN, NOT_TUNED, TUNED, TuneError, TuneResul
 _LOG = logging.getLogger("adaptconv.tuner")
 
 PROBLEM_S = 3.0  # for one problem, where the session has no budget
+LEAST_S = 0.5  # for one problem: of less, noise picks the winner
 
 
 def tune(
@@ -100,7 +101,8 @@ def tune_problems(
     """Tune problems however they were found; arguments and result as for ``tune``.
 
     Problems that are the same are tuned once. Those predicted to take native longest come first, for that is
-    where most is to be gained. Each gets an equal share of the time that is left when its turn comes; one
+    where most is to be gained. Each gets an equal share of the time that is left when its turn comes, and no less
+    than half a second: a short budget leaves the cheapest problems untuned rather than all of them to noise. One
     that outgrows its share still finishes the screening of each backend's default.
 
     Args:
@@ -164,11 +166,11 @@ class _Session:
             storage = open_storage(url)
             for place, problem in enumerate(todo):
                 left = deadline - monotonic()
-                if left <= 0:
+                if left <= 0 or (place and left < LEAST_S / 2):
                     self.rows[problem] = TuneRow(problem, None, f"{NOT_TUNED}the time budget ran out")
                     continue
                 bar.set_description_str(_short(str(problem)))
-                share = PROBLEM_S if budget_s is None else left / (len(todo) - place)
+                share = PROBLEM_S if budget_s is None else min(left, max(LEAST_S, left / (len(todo) - place)))
                 row = self.rows[problem] = self._tuned(problem, share, trials, storage, seed)
                 best = max(best, row.gain or 1.0)
                 bar.set_postfix_str(f"best gain {best:.3g}x", refresh=False)
