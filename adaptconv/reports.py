@@ -227,8 +227,8 @@ def _report(title: str, rows: Iterable[Row], note: str = "", device: torch.devic
 
 
 def _dry_run(model: Any, example_inputs: Any, train: bool) -> Report:
-    from adaptconv.compile.optimize import as_arguments, collect_sites
     from adaptconv.compile.judging import SiteReport, judge
+    from adaptconv.compile.optimize import as_arguments, collect_sites
 
     args, kwargs = as_arguments(example_inputs)
     rows: list[Row] = []

@@ -40,10 +40,11 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="re
 def problem_of(
     direction: Direction, taps: str, spatial: tuple[int, ...], *, batch: int = 2, channels: int = 3, outs: int = 1,
     padding: tuple[tuple[int, int], ...] | None = None, stride: int = 1, dtype: torch.dtype = torch.float64,
+    ins: int = 1,
 ) -> Problem:  # fmt: skip
     pattern = TapPattern.parse(taps)
     return Problem(
-        direction, batch, channels, channels * outs, channels, spatial, pattern, (stride,) * len(spatial),
+        direction, batch, channels * ins, channels * outs, channels, spatial, pattern, (stride,) * len(spatial),
         same_padding(pattern.window) if padding is None else padding, str(dtype)[6:], "contiguous", Device.of(CPU),
     )  # fmt: skip
 
@@ -277,6 +278,59 @@ def test_unusual_geometry(name: str, direction: Direction, tile_kib: int) -> Non
     torch.testing.assert_close(run(problem, a, b, tile_kib=tile_kib), reference(problem, a, b))
 
 
+GROUPS = {  # several channels a group; those of output in registers together are 1, 2 or 4
+    "4 to 4": problem_of(Direction.FORWARD, "3x3", (9, 37), ins=4, outs=4),
+    "2 to 2, two rows of two": problem_of(Direction.FORWARD, "5x3d3x2", (13, 20), ins=2, outs=2),
+    "2 to 8": problem_of(Direction.FORWARD, "101/010/101", (7, 18), ins=2, outs=8),
+    "3 to 6": problem_of(Direction.FORWARD, "3x3", (6, 7), ins=3, outs=6),
+    "4 to 3": problem_of(Direction.FORWARD, "2x5", (6, 19), ins=4, outs=3),
+    "1 to 4": problem_of(Direction.FORWARD, "7x7", (16, 14), outs=4),
+    "strided": problem_of(Direction.FORWARD, "3x3", (15, 33), ins=2, outs=4, stride=2),
+    "a line": problem_of(Direction.FORWARD, "9d3", (300,), ins=4, outs=2),
+    "a line, 16 to 16": problem_of(Direction.FORWARD, "5", (70,), ins=16, outs=16, channels=2),
+    "planes": problem_of(Direction.FORWARD, "3x3x3", (5, 6, 17), ins=2, outs=2),
+    "tiles": problem_of(Direction.FORWARD, "5x5", (90, 100), batch=1, ins=4, outs=4, channels=2),
+    "tiles of planes": problem_of(Direction.FORWARD, "3x3x3", (9, 25, 31), batch=1, ins=4, outs=2, channels=2),
+    "more plans than are kept": problem_of(Direction.FORWARD, "9x9", (9, 9), outs=160, channels=2),
+}
+
+
+def facing(problem: Problem, direction: Direction) -> Problem:
+    """In another direction, with as many input channels as it takes there; strides have no gradient of the input."""
+    here = problem.facing(direction)
+    if direction is Direction.GRAD_INPUT and CPP.rejects(here):
+        pytest.skip(str(CPP.rejects(here)))
+    return here
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("direction", Direction, ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_several_channels_a_group(name: str, direction: Direction, dtype: torch.dtype) -> None:
+    problem = problem_in(facing(GROUPS[name], direction), direction, dtype)
+    a, b = operands_of(problem)
+    exact = reference(problem_in(problem, direction, torch.float64), a.double(), b.double())
+    bound = {torch.float32: 6e-7, torch.float64: 1e-14, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    bound *= max(1.0, problem.flops / exact.numel() / 2000) ** 0.5  # a sum of so many thousands
+    for config in CPP.space(problem):
+        assert (CPP.run(problem, config, a, b).double() - exact).norm() / exact.norm() < bound, config
+
+
+@needs_compiler
+def test_zero_weights_are_skipped_in_each_channel_of_a_group() -> None:
+    problem = problem_of(Direction.FORWARD, "3x3", (9, 20), ins=2, outs=4, channels=2)
+    x, w = operands_of(problem)
+    w[1, 0] = 0  # the others of its group keep theirs
+    w[6] = 0
+    torch.testing.assert_close(run(problem, x, w), reference(problem, x, w))
+    x[:, 0, 4, 4] = float("inf")
+    x[:, 2, 0, 0] = float("nan")
+    y = run(problem, x, w)
+    assert torch.isfinite(y[:, 1]).all() and torch.equal(y[:, 6], torch.zeros_like(y[:, 6]))
+    assert all(not torch.isfinite(y[:, c]).all() for c in (0, 2, 3, 4, 5, 7))
+
+
 RUNS = {  # what float64 has no loops for: taps one above the other, met by several rows of the gradient
     "taller than the map": problem_of(Direction.GRAD_WEIGHT, "27x5", (14, 18)),
     "many images between two flushes": problem_of(Direction.GRAD_WEIGHT, "13x3", (14, 9), batch=90),
@@ -286,6 +340,9 @@ RUNS = {  # what float64 has no loops for: taps one above the other, met by seve
     "strided and dilated": problem_of(Direction.GRAD_WEIGHT, "4x3d4x1", (41, 20), stride=2),
     "planes outside": problem_of(Direction.GRAD_WEIGHT, "7x5x3", (3, 6, 17)),
     "cropped": problem_of(Direction.GRAD_WEIGHT, "5x3", (29, 12), padding=((-3, 2), (3, -4))),
+    "columns of three, by threes": problem_of(Direction.GRAD_WEIGHT, "3x8", (16, 37)),
+    "columns of five": problem_of(Direction.GRAD_WEIGHT, "5x7", (12, 21)),
+    "columns of four in several planes": problem_of(Direction.GRAD_WEIGHT, "2x4x5", (4, 9, 18)),
     "holes": problem_of(Direction.GRAD_WEIGHT, "101/111/101/011/111/110/111", (23, 34)),
 }
 
@@ -304,9 +361,9 @@ def test_weight_gradients_leave_out_only_what_is_zero(name: str, dtype: torch.dt
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", Direction, ids=str)
-@pytest.mark.parametrize("name", ["tiles of rows", "rows of a grid", "tiles of columns", "uneven"])
+@pytest.mark.parametrize("name", ["tiles of rows", "rows of a grid", "tiles of columns", "uneven", "tiles", "2 to 8"])
 def test_any_number_of_threads_gives_the_same_bits(name: str, direction: Direction, dtype: torch.dtype) -> None:
-    problem = problem_in(GEOMETRIES[name], direction, dtype)
+    problem = problem_in({**GEOMETRIES, **GROUPS}[name], direction, dtype)
     a, b = operands_of(problem)
     before = torch.get_num_threads()
     try:
@@ -389,9 +446,9 @@ def test_what_it_declines_and_why() -> None:
         "stride": forward.facing(Direction.GRAD_INPUT),
         "footprint": problem_of(Direction.FORWARD, "3x3d2x2*0.5,1,0.5x0.5,1,0.5", (9, 9)),
         "complex64": problem_in(forward, Direction.FORWARD, torch.complex64),
-        "one input channel a group, not 2": Problem(
-            **{**{f: getattr(forward, f) for f in forward.__dataclass_fields__}, "c_in": 6}
-        ),
+        "at most 4 input channels a group here, not 5": problem_of(Direction.FORWARD, "3x3", (9, 9), ins=5),
+        "at most 16 input channels a group here, not 17": problem_of(Direction.FORWARD, "3", (9,), ins=17),
+        "of a single group": problem_of(Direction.FORWARD, "3x3", (9, 9), channels=1, ins=2),
     }
     for word, problem in reasons.items():
         assert word in str(CPP.rejects(problem))
@@ -406,6 +463,9 @@ def test_the_op_is_sound(direction: str) -> None:
     x, w, dy = torch.randn(2, 3, 8, 9), torch.randn(3, 1, 5), torch.randn(2, 3, 8, 9)
     args = (direction, x, w if direction == "forward" else dy, None, "010/111/010", [1, 1], [1, 1, 1, 1], 3, 1, 256)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.adaptconv.cpp_taps.default, args, test_utils=checks)
+    x, w = torch.randn(2, 6, 8, 9), torch.randn(6, 2, 5)
+    args = (direction, x, w if direction == "forward" else x + 1, None, *args[4:7], 3, 4, 256)
     torch.library.opcheck(torch.ops.adaptconv.cpp_taps.default, args, test_utils=checks)
 
 

@@ -66,7 +66,7 @@ INLINE void narrow(float v, bf16* to) {  // to nearest, ties to even; a NaN stay
 struct Spec {  // as the caller fills it, in this order
   i64 direction, dtype, batch, groups, ins, outs;
   i64 size[3], out[3], stride[3], before[3], window[3], tile[3];
-  i64 taps, rows, step, steps, parts, threads;
+  i64 taps, rows, step, steps, parts, abreast, threads;
 };
 
 // What one tile of the input looks like in the buffer.
@@ -83,7 +83,7 @@ template <class A> Shape shape_of(const Spec& s) {
   if (b.row * i64(sizeof(A)) % 1024 == 0) b.row += lanes;  // rows of a power of two share their cache sets
   b.plane = b.row * ((s.tile[1] - 1) * s.stride[1] + s.window[1]);
   b.volume = b.plane * ((s.tile[0] - 1) * s.stride[0] + s.window[0]);
-  i64 beyond = b.row * (s.rows - 1) * s.step * s.stride[1] + lanes * (kAlone + 1) + s.tile[2];
+  i64 beyond = b.row * (s.rows / s.abreast - 1) * s.step * s.stride[1] + lanes * (kAlone + 1) + s.tile[2];
   b.total = b.volume * s.ins + beyond;
   for (int i = 0; i < 3; i++) b.tiles[i] = (s.out[i] + s.tile[i] - 1) / s.tile[i];
   return b;
@@ -163,19 +163,23 @@ template <class A, int R> struct Step {
 template <class A, int R> struct Plan {
   Step<A, R>* steps;
   i64 ends[1 << R];  // steps of row set m lie before ends[m] and not before ends[m - 1]
+  i64 of;            // its first output channel
 };
 
-// The steps of one output channel. A weight that is exactly zero is left out.
+// The steps of the output channels that a block computes abreast: its row i is one of channel i % abreast. A weight
+// that is exactly zero is left out.
 template <class S, class A, int R>
-void plan_channel(const Spec& s, const i64* steps, const i64* places, i64 volume, const S* w, uint8_t* masks,
-                  Plan<A, R>& plan) {
+void plan_channels(const Spec& s, const i64* steps, const i64* places, i64 volume, const S* weight, uint8_t* masks,
+                   Plan<A, R>& plan) {
   i64 counts[1 << R] = {};
   const i64 width = 3 + R;
+  const S* w[R];
+  for (int i = 0; i < R; i++) w[i] = weight + i % s.abreast * s.ins * s.taps;
   for (i64 j = 0; j < s.ins; j++) {
     for (i64 k = 0; k < s.steps; k++) {
       const i64* taps = steps + k * width + 3;
       int mask = 0;
-      for (int i = 0; i < R; i++) mask |= (taps[i] >= 0 && widened(w[j * s.taps + taps[i]]) != A(0)) << i;
+      for (int i = 0; i < R; i++) mask |= (taps[i] >= 0 && widened(w[i][j * s.taps + taps[i]]) != A(0)) << i;
       masks[j * s.steps + k] = uint8_t(mask);
       counts[mask]++;
     }
@@ -195,7 +199,7 @@ void plan_channel(const Spec& s, const i64* steps, const i64* places, i64 volume
       const i64* taps = steps + k * width + 3;
       Step<A, R>& step = plan.steps[next[mask]++];
       step.at = places[k] + j * volume;
-      for (int i = 0; i < R; i++) step.w[i] = taps[i] >= 0 ? A(widened(w[j * s.taps + taps[i]])) : A(0);
+      for (int i = 0; i < R; i++) step.w[i] = taps[i] >= 0 ? A(widened(w[i][j * s.taps + taps[i]])) : A(0);
     }
   }
 }
@@ -222,9 +226,15 @@ template <class A, int R, int V> struct Sweep<A, R, V, 0> {
   static INLINE void run(const A*, const Plan<A, R>&, typename Vec<A>::type (&)[R][V]) {}
 };
 
+// Where the rows of a block go, in elements on from the first, and what is added to them.
+template <class A, int R> struct Target {
+  i64 ahead[R];
+  A bias[R];
+};
+
 template <class A, int R, int V>
-__attribute__((noinline)) void block(const A* base, const Plan<A, R>& plan, A bias, A* y, i64 stride, int rows,
-                                     i64 columns) {
+__attribute__((noinline)) void block(const A* base, const Plan<A, R>& plan, const Target<A, R>& target, A* y,
+                                     int rows, i64 columns) {
   typedef typename Vec<A>::type vec;
   typedef typename Vec<A>::loose loose;
   constexpr int L = kLanes<A>;
@@ -237,7 +247,8 @@ __attribute__((noinline)) void block(const A* base, const Plan<A, R>& plan, A bi
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++) {
     if (i < rows) {
-      A* to = y + i * stride;
+      A* to = y + target.ahead[i];
+      const A bias = target.bias[i];
       if (columns >= V * L) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) *(loose*)(to + v * L) = sums[i][v] + bias;
@@ -252,14 +263,14 @@ __attribute__((noinline)) void block(const A* base, const Plan<A, R>& plan, A bi
 }
 
 template <class A, int R, int V> struct Blocks {
-  static INLINE void run(i64 vectors, const A* base, const Plan<A, R>& plan, A bias, A* y, i64 stride, int rows,
+  static INLINE void run(i64 vectors, const A* base, const Plan<A, R>& plan, const Target<A, R>& target, A* y, int rows,
                          i64 columns) {
-    if (vectors >= V) block<A, R, V>(base, plan, bias, y, stride, rows, columns);
-    else Blocks<A, R, V - 1>::run(vectors, base, plan, bias, y, stride, rows, columns);
+    if (vectors >= V) block<A, R, V>(base, plan, target, y, rows, columns);
+    else Blocks<A, R, V - 1>::run(vectors, base, plan, target, y, rows, columns);
   }
 };
 template <class A, int R> struct Blocks<A, R, 0> {
-  static INLINE void run(i64, const A*, const Plan<A, R>&, A, A*, i64, int, i64) {}
+  static INLINE void run(i64, const A*, const Plan<A, R>&, const Target<A, R>&, A*, int, i64) {}
 };
 
 struct Call {
@@ -277,23 +288,34 @@ template <class T> T* room(i64 count) {
   return (T*)p;
 }
 
+constexpr i64 kPlans = 1 << 18;  // bytes of plans kept together: those of all channels of a group, where they fit
+
 template <class S, class A, int R> void forward(Call& call) {
-  constexpr int across = R == 1 ? kAlone : kAcross;
+  constexpr int across = R == 1 ? kAlone : R == 2 ? kAlone / 2 : kAcross;
   constexpr i64 L = kLanes<A>;
   const Spec& s = *call.spec;
   const Shape b = shape_of<A>(s);
+  const i64 size = s.steps * s.ins, sets = s.outs / s.abreast;
+  const i64 kept = sets * size * i64(sizeof(Step<A, R>)) <= kPlans ? sets : 1;
   A* buffer = room<A>(b.total);
   i64* places = room<i64>(s.steps);
-  uint8_t* masks = room<uint8_t>(s.steps * s.ins);
-  Plan<A, R> plan;
-  plan.steps = room<Step<A, R>>(s.steps * s.ins);
-  if (buffer && places && masks && plan.steps) {
+  uint8_t* masks = room<uint8_t>(size);
+  Step<A, R>* planned = room<Step<A, R>>(size * kept);
+  Plan<A, R>* plans = room<Plan<A, R>>(kept);
+  if (buffer && places && masks && planned && plans) {
     memset(buffer, 0, size_t(b.total) * sizeof(A));
     for (i64 k = 0; k < s.steps; k++) places[k] = place(s, b, call.steps + k * (3 + R));
+    for (i64 k = 0; k < kept; k++) plans[k].steps = planned + k * size, plans[k].of = -1;
     const i64 tiles = b.tiles[0] * b.tiles[1] * b.tiles[2], total = s.groups * s.batch * tiles;
     const i64 pixels = s.size[0] * s.size[1] * s.size[2], outs = s.out[0] * s.out[1] * s.out[2];
-    const i64 chunk = most(1, total / (s.threads * 16));
-    i64 planned = -1, filled = -1;
+    const i64 chunk = most(1, total / (s.threads * 16)), apart = R / s.abreast * s.step;
+    Target<A, R> target;
+    i64 ahead[R];  // in y; sums of another type than its own go through a buffer
+    for (int i = 0; i < R; i++) {
+      ahead[i] = i % s.abreast * outs + i / s.abreast * s.step * s.out[2];
+      target.ahead[i] = sizeof(S) == sizeof(A) ? ahead[i] : i * across * L;
+    }
+    i64 filled = -1;
     for (i64 from; (from = call.next.fetch_add(chunk)) < total;) {
       for (i64 job = from; job < least(from + chunk, total); job++) {
         const i64 g = job / (s.batch * tiles), n = job / tiles % s.batch;
@@ -306,28 +328,34 @@ template <class S, class A, int R> void forward(Call& call) {
           const i64 after = (job + 1) % s.batch * s.groups + (job + 1) / s.batch;
           announce((const S*)call.a + after * s.ins * pixels, s.ins * pixels);
         }
-        for (i64 o = g * s.outs; o < (g + 1) * s.outs; o++) {
-          if (planned != o)
-            plan_channel<S, A, R>(s, call.steps, places, b.volume, (const S*)call.b + o * s.ins * s.taps, masks, plan);
-          planned = o;
-          const A bias = call.bias ? A(widened(((const S*)call.bias)[o])) : A(0);
+        for (i64 k = 0; k < sets; k++) {
+          const i64 o = g * s.outs + k * s.abreast;
+          Plan<A, R>& plan = plans[kept == 1 ? 0 : k];
+          if (plan.of != o)
+            plan_channels<S, A, R>(s, call.steps, places, b.volume, (const S*)call.b + o * s.ins * s.taps, masks, plan);
+          plan.of = o;
+          for (int i = 0; i < R; i++)
+            target.bias[i] = call.bias ? A(widened(((const S*)call.bias)[o + i % s.abreast])) : A(0);
           S* y = (S*)call.y + (n * s.groups * s.outs + o) * outs;
           for (i64 d = 0; d < t.count[0]; d++) {
             for (i64 p = 0; p < least(s.step, t.count[1]); p++) {
-              for (i64 h = p; h < t.count[1]; h += R * s.step) {
-                const int rows = int(least(R, (t.count[1] - h + s.step - 1) / s.step));
+              for (i64 h = p; h < t.count[1]; h += apart) {
                 const A* base = buffer + d * s.stride[0] * b.plane + h * s.stride[1] * b.row;
                 S* to = y + ((t.from[0] + d) * s.out[1] + t.from[1] + h) * s.out[2] + t.from[2];
+                const i64 left = (t.count[1] - h + s.step - 1) / s.step * s.abreast;
+                const int rows = int(least(R, left));
                 for (i64 c = 0; c < t.count[2]; c += across * L) {
                   const i64 columns = t.count[2] - c, vectors = (columns + L - 1) / L;
                   if constexpr (sizeof(S) == sizeof(A)) {
-                    Blocks<A, R, across>::run(vectors, base + c, plan, bias, to + c, s.step * s.out[2], rows, columns);
+                    Blocks<A, R, across>::run(vectors, base + c, plan, target, to + c, rows, columns);
                   } else {
                     alignas(64) A sums[R * across * L];
-                    Blocks<A, R, across>::run(vectors, base + c, plan, bias, sums, across * L, rows, columns);
-                    for (int i = 0; i < rows; i++)
-                      for (i64 k = 0; k < least(columns, across * L); k++)
-                        narrow(sums[i * across * L + k], to + i * s.step * s.out[2] + c + k);
+                    Blocks<A, R, across>::run(vectors, base + c, plan, target, sums, rows, columns);
+                    const i64 count = least(columns, across * L);
+                    for (int i = 0; i < rows; i++) {
+                      S* row = to + c + ahead[i];
+                      for (i64 q = 0; q < count; q++) narrow(sums[i * across * L + q], row + q);
+                    }
                   }
                 }
               }
@@ -339,7 +367,7 @@ template <class S, class A, int R> void forward(Call& call) {
   } else {
     call.failed = 1;
   }
-  free(buffer), free(places), free(masks), free(plan.steps);
+  free(buffer), free(places), free(masks), free(planned), free(plans);
 }
 
 // ---- gradient of the weight ------------------------------------------------------------------------------------
@@ -409,18 +437,22 @@ void correlate(const A* x, const A* dy, const i64* at, i64 rows, i64 x_row, i64 
   for (int k = 0; k < K; k++) lanes[k] = part[k];
 }
 
-// The same for K taps one above the other, as far apart as the rows of a block: a loaded row of the input meets every
-// row of the gradient in the block that some tap pairs it with.
-template <class A, int K>
-void correlate_run(const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 dy_row, i64 columns,
+// The same for C columns of K taps, one above the other, as far apart as the rows of a block: a loaded row of the input
+// meets every row of the gradient in the block that some tap pairs it with, and the columns share those. A column's
+// first place is `at`, the next one's K places on.
+template <class A, int K, int C>
+void correlate_run(const A* x, const A* dy, const i64* at, i64 rows, i64 step, i64 x_row, i64 dy_row, i64 columns,
                    typename Vec<A>::type* lanes) {
   typedef typename Vec<A>::type vec;
   typedef typename Vec<A>::loose loose;
   constexpr int L = kLanes<A>;
   const i64 apart = step * x_row, between = step * dy_row;
-  vec part[K];
-#pragma GCC unroll 8
-  for (int k = 0; k < K; k++) part[k] = lanes[k];
+  i64 beside[C];
+  for (int q = 1; q < C; q++) beside[q] = at[q * K] - at[0];
+  x += at[0];
+  vec part[C][K];
+#pragma GCC unroll 16
+  for (int k = 0; k < C * K; k++) part[k / K][k % K] = lanes[k];
   const auto meet = [&](auto count, const A* from, const A* grads, auto&& seen) INLINE_LAMBDA {  // a block's column
     constexpr int N = decltype(count)::value;
     vec g[N];
@@ -428,10 +460,13 @@ void correlate_run(const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 d
     for (int i = 0; i < N; i++, grads += between) g[i] = *(const loose*)grads;
 #pragma GCC unroll 16
     for (int r = 0; r < K + N - 1; r++, from += apart) {
-      const vec here = seen(from);
+#pragma GCC unroll 4
+      for (int q = 0; q < C; q++) {
+        const vec here = seen(q ? from + beside[q] : from);
 #pragma GCC unroll 8
-      for (int i = 0; i < N; i++)
-        if (r - i >= 0 && r - i < K) part[r - i < 0 ? 0 : r - i >= K ? 0 : r - i] += g[i] * here;
+        for (int i = 0; i < N; i++)
+          if (r - i >= 0 && r - i < K) part[q][r - i < 0 ? 0 : r - i >= K ? 0 : r - i] += g[i] * here;
+      }
     }
   };
   const auto all = [](const A* from) INLINE_LAMBDA -> vec { return *(const loose*)from; };
@@ -449,19 +484,35 @@ void correlate_run(const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 d
     blocks(std::integral_constant<int, kRows>());
     blocks(std::integral_constant<int, 1>());
   }
-#pragma GCC unroll 8
-  for (int k = 0; k < K; k++) lanes[k] = part[k];
+#pragma GCC unroll 16
+  for (int k = 0; k < C * K; k++) lanes[k] = part[k / K][k % K];
 }
 
+// Columns of so many taps to take together. Three sums alone wait for each other; with more than three taps a column
+// it gains little where rows are wide and loses where they are narrow.
+constexpr i64 together(i64 taps) { return taps == 3 && kBytes == 64 ? 3 : 1; }
+
+template <class A, int K, int C> struct Columns {
+  static INLINE void run(i64 count, const A* x, const A* dy, const i64* at, i64 rows, i64 step, i64 x_row, i64 dy_row,
+                         i64 columns, typename Vec<A>::type* lanes) {
+    if (count == C) correlate_run<A, K, C>(x, dy, at, rows, step, x_row, dy_row, columns, lanes);
+    else Columns<A, K, C - 1>::run(count, x, dy, at, rows, step, x_row, dy_row, columns, lanes);
+  }
+};
+template <class A, int K> struct Columns<A, K, 0> {
+  static INLINE void run(i64, const A*, const A*, const i64*, i64, i64, i64, i64, i64, typename Vec<A>::type*) {}
+};
+
 template <class A, int K> struct Runs {
-  static INLINE void run(i64 length, const A* x, const A* dy, i64 rows, i64 step, i64 x_row, i64 dy_row, i64 columns,
-                         typename Vec<A>::type* lanes) {
-    if (length == K) correlate_run<A, K>(x, dy, rows, step, x_row, dy_row, columns, lanes);
-    else Runs<A, K - 1>::run(length, x, dy, rows, step, x_row, dy_row, columns, lanes);
+  static INLINE void run(i64 length, i64 count, const A* x, const A* dy, const i64* at, i64 rows, i64 step, i64 x_row,
+                         i64 dy_row, i64 columns, typename Vec<A>::type* lanes) {
+    if (length == K)
+      Columns<A, K, together(K)>::run(count, x, dy, at, rows, step, x_row, dy_row, columns, lanes);
+    else Runs<A, K - 1>::run(length, count, x, dy, at, rows, step, x_row, dy_row, columns, lanes);
   }
 };
 template <class A> struct Runs<A, 2> {
-  static INLINE void run(i64, const A*, const A*, i64, i64, i64, i64, i64, typename Vec<A>::type*) {}
+  static INLINE void run(i64, i64, const A*, const A*, const i64*, i64, i64, i64, i64, i64, typename Vec<A>::type*) {}
 };
 
 // What the rows of one tile are correlated from, and into.
@@ -486,13 +537,18 @@ void tile_rows(const Spec& s, const Shape& b, const Tile& t, const i64* steps, c
   };
   i64 k = 0;
   if constexpr (sizeof(A) == 4) {  // float64 goes without, for the sake of the time to compile
-    for (i64 r = 0; r < s.steps; k += lengths[r++]) {
-      const i64 *at = steps + k * 3, y = y0 + at[1], reach = (lengths[r] - 1) * s.step * s.stride[1];
+    for (i64 r = 0, count = 1; r < s.steps; k += count * lengths[r], r += count) {
+      const i64 *at = steps + k * 3, length = lengths[r], y = y0 + at[1], reach = (length - 1) * s.step * s.stride[1];
+      const auto beside = [&](i64 q) {  // whether run r + q stands beside run r
+        const i64* other = at + q * length * 3;
+        return r + q < s.steps && lengths[r + q] == length && other[0] == at[0] && other[1] == at[1];
+      };
+      for (count = 1; count < together(length) && beside(count);) count++;
       if (z0 + at[0] < 0 || z0 + at[0] >= s.size[0]) continue;
       const i64 from = most(top, first_at(-y - reach)), end = least(bottom, first_at(s.size[1] - y));
       if (from < end)
-        Runs<A, kTaps>::run(lengths[r], xs + of.places[k] + from * of.x_row, dys + from * of.dy_row, end - from, s.step,
-                            of.x_row, of.dy_row, t.count[2], of.lanes + k);
+        Runs<A, kTaps>::run(length, count, xs + from * of.x_row, dys + from * of.dy_row, of.places + k, end - from,
+                            s.step, of.x_row, of.dy_row, t.count[2], of.lanes + k);
     }
   }
   const auto several = [&](auto count) {
@@ -514,59 +570,75 @@ void tile_rows(const Spec& s, const Shape& b, const Tile& t, const i64* steps, c
   while (k < s.taps) several(std::integral_constant<int, 1>());
 }
 
+// A job is some output channels of a group over a part of the images and tiles, with all inputs of the group.
 template <class S, class A> void grad_weight(Call& call) {
   const Spec& s = *call.spec;
   const Shape b = shape_of<A>(s);
   constexpr i64 L = kLanes<A>;
-  const i64 channels = s.groups * s.outs, tiles = b.tiles[0] * b.tiles[1] * b.tiles[2];
+  const i64 channels = s.groups * s.outs, inputs = s.groups * s.ins, pairs = s.abreast * s.ins;
+  const i64 tiles = b.tiles[0] * b.tiles[1] * b.tiles[2];
   const i64 pixels = s.size[0] * s.size[1] * s.size[2], outs = s.out[0] * s.out[1] * s.out[2];
-  const i64 dy_row = (s.tile[2] + L - 1) / L * L;
+  const i64 dy_row = (s.tile[2] + L - 1) / L * L, dy_volume = dy_row * s.tile[0] * s.tile[1];
   A* x = room<A>(b.total);
-  A* dy = room<A>(dy_row * s.tile[0] * s.tile[1] + L);
+  A* dy = room<A>(dy_volume * s.abreast + L);
   i64* places = room<i64>(s.taps);
-  auto* lanes = (typename Vec<A>::type*)room<A>(s.taps * L);
+  auto* lanes = (typename Vec<A>::type*)room<A>(pairs * s.taps * L);
   const i64 block = kRows * s.step, vectors = (s.tile[2] + L - 1) / L;
   const i64 chunk = most(block, kFlush / vectors / block * block);
   if (x && dy && places && lanes) {
-    memset((void*)lanes, 0, size_t(s.taps * L) * sizeof(A));
+    memset((void*)lanes, 0, size_t(pairs * s.taps * L) * sizeof(A));
     memset(x, 0, size_t(b.total) * sizeof(A));
-    memset(dy, 0, size_t(dy_row * s.tile[0] * s.tile[1] + L) * sizeof(A));
+    memset(dy, 0, size_t(dy_volume * s.abreast + L) * sizeof(A));
     for (i64 k = 0; k < s.taps; k++) places[k] = place(s, b, call.steps + k * 3);
-    const i64 work = s.batch * tiles, total = channels * s.parts;
+    const i64 work = s.batch * tiles, total = channels / s.abreast * s.parts;
     i64 filled = -1;
     for (i64 job; (job = call.next.fetch_add(1)) < total;) {
-      const i64 o = job / s.parts, part = job % s.parts;
-      double* sums = (double*)call.y + job * s.taps;
-      for (i64 k = 0; k < s.taps; k++) sums[k] = 0;
+      const i64 o = job / s.parts * s.abreast, first = o / s.outs * s.ins, part = job % s.parts;
+      const auto sums_of = [&](i64 pair) { return (double*)call.y + ((o * s.ins + pair) * s.parts + part) * s.taps; };
+      for (i64 pair = 0; pair < pairs; pair++) {
+        double* sums = sums_of(pair);
+        for (i64 k = 0; k < s.taps; k++) sums[k] = 0;
+      }
+      const auto flush_all = [&] {
+        for (i64 pair = 0; pair < pairs; pair++) flush<A>(lanes + pair * s.taps, s.taps, sums_of(pair));
+      };
       i64 pending = 0;  // additions a lane since the last flush
       for (i64 i = work * part / s.parts; i < work * (part + 1) / s.parts; i++) {
         const i64 n = i / tiles;
         const Tile t = tile_of(s, b, i % tiles);
-        fill<S, A>(s, b, t, (const S*)call.a + (n * s.groups + o / s.outs) * pixels, x, i % tiles == filled);
+        for (i64 j = 0; j < s.ins; j++)
+          fill<S, A>(s, b, t, (const S*)call.a + (n * inputs + first + j) * pixels, x + j * b.volume,
+                     i % tiles == filled);
         filled = i % tiles;
-        const S* from = (const S*)call.b + (n * channels + o) * outs;
-        for (i64 d = 0; d < t.count[0]; d++)
-          for (i64 h = 0; h < t.count[1]; h++) {
-            const S* line = from + ((t.from[0] + d) * s.out[1] + t.from[1] + h) * s.out[2] + t.from[2];
-            A* to = dy + (d * s.tile[1] + h) * dy_row;
-            for (i64 c = 0; c < t.count[2]; c++) to[c] = widened(line[c]);
-            for (i64 c = t.count[2]; c < dy_row; c++) to[c] = A(0);
-          }
-        if (tiles == 1 && n + 1 < s.batch) {
-          announce((const S*)call.a + ((n + 1) * s.groups + o / s.outs) * pixels, pixels);
-          announce((const S*)call.b + ((n + 1) * channels + o) * outs, outs);
+        for (i64 q = 0; q < s.abreast; q++) {
+          const S* from = (const S*)call.b + (n * channels + o + q) * outs;
+          for (i64 d = 0; d < t.count[0]; d++)
+            for (i64 h = 0; h < t.count[1]; h++) {
+              const S* line = from + ((t.from[0] + d) * s.out[1] + t.from[1] + h) * s.out[2] + t.from[2];
+              A* to = dy + q * dy_volume + (d * s.tile[1] + h) * dy_row;
+              for (i64 c = 0; c < t.count[2]; c++) to[c] = widened(line[c]);
+              for (i64 c = t.count[2]; c < dy_row; c++) to[c] = A(0);
+            }
         }
-        const Rows<A> rows{x, dy, dy_row, b.row * s.stride[1], places, lanes};
+        if (tiles == 1 && n + 1 < s.batch) {
+          announce((const S*)call.a + ((n + 1) * inputs + first) * pixels, s.ins * pixels);
+          announce((const S*)call.b + ((n + 1) * channels + o) * outs, s.abreast * outs);
+        }
         for (i64 d = 0; d < t.count[0]; d++) {
           for (i64 top = 0; top < t.count[1]; top += chunk) {
             const i64 bottom = least(top + chunk, t.count[1]), additions = (bottom - top) * ((t.count[2] + L - 1) / L);
-            if (pending + additions > kFlush) flush<A>(lanes, s.taps, sums), pending = 0;
+            if (pending + additions > kFlush) flush_all(), pending = 0;
             pending += additions;
-            tile_rows<A>(s, b, t, call.steps, rows, d, top, bottom);
+            for (i64 q = 0, pair = 0; q < s.abreast; q++)
+              for (i64 j = 0; j < s.ins; j++, pair++) {
+                const Rows<A> rows{x + j * b.volume, dy + q * dy_volume,     dy_row,
+                                   b.row * s.stride[1], places, lanes + pair * s.taps};
+                tile_rows<A>(s, b, t, call.steps, rows, d, top, bottom);
+              }
           }
         }
       }
-      flush<A>(lanes, s.taps, sums);
+      flush_all();
     }
   } else {
     call.failed = 1;
@@ -578,6 +650,7 @@ template <class S, class A> void work(void* data) {
   Call& call = *(Call*)data;
   if (call.spec->direction) grad_weight<S, A>(call);
   else if (call.spec->rows == 4) forward<S, A, 4>(call);
+  else if (call.spec->rows == 2) forward<S, A, 2>(call);
   else forward<S, A, 1>(call);
 }
 
@@ -585,7 +658,7 @@ template <class S, class A> void work(void* data) {
 
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
-// The gradient of the weight is left in double, [channels, parts, taps], for the caller to add up in order.
+// The gradient of the weight is left in double, [pairs of channels, parts, taps], for the caller to add up in order.
 extern "C" int adaptconv_taps(const int64_t* spec, const int64_t* steps, const void* a, const void* b,
                               const void* bias, void* y, Parallel parallel) {
   const Spec& s = *(const Spec*)spec;
