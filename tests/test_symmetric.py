@@ -76,7 +76,11 @@ def independent_orbits(taps: TapPattern, moves: list[Move]) -> list[set[int]]:
     return list({id(c): c for c in of.values()}.values())
 
 
-@pytest.mark.parametrize(("rank", "base", "group", "axes", "orbits", "moves"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("rank", "base", "group", "axes", "orbits", "moves"),
+    CASES,
+    ids=lambda value: "moves" if isinstance(value, list) else str(value),
+)
 def test_the_layer_commutes_with_its_group(
     rank: int, base: Any, group: str, axes: Any, orbits: int, moves: list[Move]
 ) -> None:
