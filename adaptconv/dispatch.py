@@ -171,6 +171,9 @@ def plan_from_choice(problem: Problem, choice: Choice, source: Source, why: str)
     reason = backend.space(problem).problem_with(choice.config)
     if reason:
         raise UnknownKnob(f"backend '{choice.backend}': {reason}")
+    reason = backend.failure(problem, choice.config)
+    if reason:
+        raise BackendRejected(choice.backend, reason, problem)
     return Plan(problem, choice, source, why, plain=is_plain(problem, choice))
 
 
@@ -239,7 +242,11 @@ def _usable(problem: Problem, record: Record) -> tuple[Choice | None, str]:
     backend = backend_named(record.backend)
     if record.version != backend.version:
         return None, f"was measured with version {record.version} of '{record.backend}', now {backend.version}"
-    reason = backend.rejects(problem) or backend.space(problem).problem_with(choice.config)
+    reason = (
+        backend.rejects(problem)
+        or backend.space(problem).problem_with(choice.config)
+        or backend.failure(problem, choice.config)
+    )
     return (None, f"its choice does not fit: {reason}") if reason else (choice, "")
 
 
@@ -278,7 +285,7 @@ def _best_predicted(backend: Backend, problem: Problem) -> tuple[Choice, float]:
     best, best_us = default.config, backend.cost(problem, default.config)
     for config in backend.space(problem):
         predicted = backend.cost(problem, config)
-        if predicted < best_us:
+        if predicted < best_us and not backend.failure(problem, config):
             best, best_us = config, predicted
     return Choice(backend.name, backend.version, best), best_us
 

@@ -42,3 +42,7 @@ class UnknownBackend(AdaptConvError, ValueError):
 
 class UnknownKnob(AdaptConvError, ValueError):
     """A knob, or a value of a knob, that a backend does not declare."""
+
+
+class KernelWarning(UserWarning):
+    """A kernel did not compile or launch; the call was answered by another way."""

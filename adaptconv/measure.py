@@ -15,6 +15,7 @@ Call = Callable[[], object]
 
 _SAMPLE_US = 200.0  # shorter samples drown in clock granularity and in the cost of reading the clock
 _MAX_INNER = 1 << 16
+_HELD = 32  # calls in one captured graph
 _COPY_BYTES = {"cpu": 128 << 20}  # past any last-level cache we know of; the default below suits accelerators
 _COPY_BYTES_DEFAULT = 1 << 30
 _GEMM = 1024
@@ -61,6 +62,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     warmup: int = 1,
+    graphs: bool = False,
 ) -> dict[str, Timing]:
     """Time candidates in rounds, every one once a round: A B C, C B A, A B C, ...
 
@@ -76,6 +78,8 @@ def interleave(
         min_rounds: rounds to finish even when the budget is spent.
         max_rounds: rounds after which to stop even when budget is left.
         warmup: calls of each candidate before anything is timed.
+        graphs: on CUDA, replay calls from captured graphs: the device's time, without what launching from Python
+            costs. A candidate that cannot be captured is called as it is.
 
     Returns:
         A timing by candidate name, in the order of ``candidates``.
@@ -97,14 +101,19 @@ def interleave(
         for call in candidates.values():
             for _ in range(warmup):
                 call()
-        inner = {name: _repeats(call, sample) for name, call in candidates.items()}
+        runs: dict[str, tuple[Call, int, int]] = {}
+        for name, call in candidates.items():
+            inner = _repeats(call, sample)
+            replayed = graphs and device.type == "cuda"
+            runs[name] = _replayed(call, inner, device) if replayed else (call, inner, inner)
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
         for done in range(max_rounds):
             if done >= min_rounds and perf_counter_ns() >= deadline_ns:
                 break
             for name in order if done % 2 == 0 else reversed(order):
-                samples[name].append(sample(candidates[name], inner[name]) / inner[name])
+                call, times, calls = runs[name]
+                samples[name].append(sample(call, times) / calls)
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
@@ -134,6 +143,45 @@ def machine_limits(device: torch.device, budget_s: float = 1.0) -> dict[str, flo
         "copy_gb_s": 2 * 4 * count / (copy.min_us * 1e3),
         "gemm_gflop_s": 2 * _GEMM**3 / (gemm.min_us * 1e3),
     }
+
+
+def capture(call: Call, device: torch.device) -> Call | None:
+    """What replays a call from a CUDA graph; None where it cannot be captured.
+
+    Args:
+        call: has run before on these operands, so that what is made once (compiled kernels, tables of taps, cuDNN's
+            choice of algorithm) is made.
+        device: a CUDA device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # the allocator's and the libraries' work space for a stream of its own
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                call()
+    except RuntimeError:  # it synchronises, or asks for what a capture does not allow
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay
+
+
+def _replayed(call: Call, inner: int, device: torch.device) -> tuple[Call, int, int]:
+    """``inner`` calls or more as replays of a graph: what to call, how often, and how many calls that is."""
+    held = min(inner, _HELD)
+
+    def several() -> None:
+        for _ in range(held):
+            call()
+
+    replay = capture(several, device)
+    if replay is None:
+        return call, inner, inner
+    times = math.ceil(inner / held)
+    return replay, times, times * held
 
 
 Sampler = Callable[[Call, int], float]

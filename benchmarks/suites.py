@@ -224,6 +224,7 @@ _CONTROL_ROWS = (
     _Row("resnet50-3x3", "ResNet-50 stage 3", (14, 14), "3x3", (64, 256, 256), (8, 256, 256)),
     _Row("resnet50-down", "ResNet-50 stage 2, first block", (56, 56), "3x3", (64, 128, 128), (4, 128, 128), stride=2),
     _Row("resnet50-1x1", "ResNet-50 stage 3", (14, 14), "1x1", (64, 256, 1024), (8, 256, 1024)),
+    _Row("resnext50-g32-s1", "ResNeXt-50 stage 1", (56, 56), "3x3", (64, 128, 128), (8, 128, 128), 32),
     _Row("resnext50-g32", "ResNeXt-50 stage 2", (28, 28), "3x3", (64, 256, 256), (8, 256, 256), 32),
     _Row("vgg16-3x3", "VGG-16 second layer", (224, 224), "3x3", (16, 64, 64), (1, 64, 64)),
     _Row("mobilenetv2-1x1", "MobileNetV2 expansion", (56, 56), "1x1", (64, 24, 144), (8, 24, 144)),

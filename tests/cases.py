@@ -144,4 +144,9 @@ CASES = (
          pad=((1, 0), (1, 2), (0, 1))),
     case("3d-corners", "101/000/101//000/000/000//101/000/101", (4, 5, 6), channels=(3, 2), stride=(1, 2, 1), pad=1),
     case("3d-one-voxel", "3x3x3d2x2x2", (1, 1, 1), batch=1, channels=(3, 3), pad=2),
+    # ---- channels enough for a matrix product
+    case("2d-wide-dilated", "3x3d2x3", (7, 8), channels=(16, 24), batch=1, pad=(2, 3), bias=True),
+    case("2d-wide-grouped-strided", "2x2", (7, 8), channels=(18, 22), groups=2, stride=2, pad=1),
+    case("1d-wide-dilated-by-8", "3d8", (24,), channels=(8, 16), pad=8, bias=True),
+    case("3d-wide-temporal", "3x1x1", (4, 3, 2), channels=(8, 12), pad=(1, 0, 0)),
 )  # fmt: skip

@@ -9,9 +9,14 @@ from adaptconv.backends.dual import Dual
 from adaptconv.backends.factored import Factored
 from adaptconv.backends.gather import Gather
 from adaptconv.backends.native import Native, is_plain
+from adaptconv.backends.triton.banded.backend import Banded
+from adaptconv.backends.triton.depthwise.backend import Depthwise
+from adaptconv.backends.triton.sparse.backend import Sparse
 from adaptconv.errors import UnknownBackend
 
-BACKENDS: tuple[Backend, ...] = (Native(), Dense(), Gather(), Dual(), Factored(), Cpp())
+BACKENDS: tuple[Backend, ...] = (
+    Native(), Dense(), Gather(), Dual(), Factored(), Cpp(), Sparse(), Depthwise(), Banded(),
+)  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 

@@ -183,6 +183,10 @@ class Backend(ABC):
     def space(self, problem: Problem) -> Space:
         """The knobs this backend offers for the problem."""
 
+    def failure(self, problem: Problem, config: Config) -> str | None:
+        """Why a declared configuration is known not to run in this process, in words; None if it may."""
+        return None
+
     @abstractmethod
     def cost(self, problem: Problem, config: Config) -> float:
         """Predicted time in microseconds, from arithmetic and traffic alone."""

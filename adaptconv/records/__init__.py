@@ -22,7 +22,7 @@ from adaptconv.records.packs import (
     write_packs,
 )
 from adaptconv.records.record import SCHEMA, ForeignSchema, Record, Rival, utc_now
-from adaptconv.records.store import Calibrated, DatabaseError, Hit, Store, default_store, epoch, use_database
+from adaptconv.records.store import Calibrated, DatabaseError, Hit, Store, advance, default_store, epoch, use_database
 from adaptconv.records.toolchain import is_current, toolchain
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Record",
     "Rival",
     "Store",
+    "advance",
     "combine",
     "default_store",
     "diff",

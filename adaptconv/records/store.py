@@ -206,7 +206,7 @@ class Store:
             failure.errno = error.errno
             raise failure from error
         self._tidy(path.parent)
-        _advance()
+        advance()
         return path
 
     def digest(self) -> str:
@@ -246,15 +246,16 @@ def use_database(path: str | os.PathLike[str] | None) -> None:
     global _default
     with _lock:
         _default = Store(path)
-    _advance()
+    advance()
 
 
 def epoch() -> int:
-    """A number that grows whenever a store of this process was written or replaced."""
+    """A number that grows whenever a store of this process was written or replaced, or a backend stopped working."""
     return _epoch
 
 
-def _advance() -> None:
+def advance() -> None:
+    """Make everybody ask again: a store was written or replaced, or what answers can use has changed."""
     global _epoch
     with _lock:
         _epoch += 1

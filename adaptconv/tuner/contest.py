@@ -242,7 +242,13 @@ class _Contest:
         chosen = {str(choice): choice for choice in choices}
         calls = {name: self.bench.call(choice) for name, choice in chosen.items()}
         timings = measure.interleave(
-            calls, budget_s=max(0.0, seconds), device=self.device, min_rounds=least, max_rounds=most, warmup=0
+            calls,
+            budget_s=max(0.0, seconds),
+            device=self.device,
+            min_rounds=least,
+            max_rounds=most,
+            warmup=0,
+            graphs=True,
         )  # no warm-up: each has run before, when it was checked
         return {chosen[name]: timing for name, timing in timings.items()}
 

@@ -148,11 +148,13 @@ class _Held(nn.Module):
     def __init__(self, way: Way) -> None:
         super().__init__()
         self.function = way.function
-        self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in way.weights)
+        self.names = [f"weight{i}" for i in range(len(way.weights))]  # torch 2.11 cannot trace a ParameterList here
+        for name, weight in zip(self.names, way.weights, strict=True):
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """``y`` of ``x``."""
-        return self.function(x, None, *self.weights)
+        return self.function(x, None, *[getattr(self, name) for name in self.names])
 
 
 def _with_own_code(module: nn.Module) -> nn.Module:

@@ -1,0 +1,1 @@
+"""depthwise: one channel a group, tap by tap on the vector units."""

@@ -1,0 +1,1 @@
+"""sparse: an implicit matrix product over a list of taps, channels innermost."""
