@@ -105,6 +105,11 @@ def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> f
         gflops = rate.slow_gflops
     else:
         gflops = rate.direct_gflops
+        if explicit and problem.direction is Direction.FORWARD:
+            gflops *= _PADDED
+        planar = problem.axes == 2 and not channels_last and not explicit
+        if planar and (problem.direction is Direction.FORWARD or route == "adjoint"):
+            gflops /= _inside(problem)  # padding is left out
         if problem.direction is Direction.GRAD_INPUT and route == "native":
             gflops *= _BACKWARD
         if route == "grouped" and _is_dilated(problem):  # it becomes a stride
@@ -115,8 +120,9 @@ def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> f
 
 
 _BACKWARD = 0.6  # of the rate of a forward: the vectorised gradient of the input
+_PADDED = 0.94  # likewise: zeros that were copied around the input are multiplied as well
 _STRIDED = 0.5  # likewise: a forward with a stride
-_UNFOLDED = 0.45  # of the rate of a product: dilated 3-D under padding of torch's own
+_UNFOLDED = 0.45  # of the rate of a product: dilated 3-D under padding of torch's own, or contiguous for the weight
 _FULL = 16  # channels a group that fill a product
 
 
@@ -129,9 +135,17 @@ def _product_share(problem: Problem, channels_last: bool, explicit: bool) -> flo
         return share
     if problem.axes == 3 and not explicit and max(max(pair) for pair in problem.padding) > 1:
         return share * _UNFOLDED
+    if problem.direction is Direction.GRAD_WEIGHT and not channels_last and _is_volume(problem):
+        return share * _UNFOLDED
     if channels_last and problem.axes == 2 and not explicit and problem.direction is not Direction.GRAD_WEIGHT:
         share /= _inside(problem)  # rows and columns of padding are left out
     return share
+
+
+def _is_volume(problem: Problem) -> bool:
+    """Whether taps lie apart along all three axes."""
+    grid = problem.taps.single_grid()
+    return grid is not None and len(grid.size) == 3 and min(grid.size) > 1
 
 
 def _is_dilated(problem: Problem) -> bool:
