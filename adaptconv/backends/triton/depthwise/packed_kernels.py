@@ -104,7 +104,7 @@ def pack(
         c = rest // groups + tl.zeros((1,), tl.int32)
     iy = row % Hp + oy
     n = row // Hp
-    iz = oz
+    iz = oz + tl.zeros((1,), tl.int32)  # a tensor even where a number would do: some interpreters compare no numbers
     if DEEP:
         iz = n % planes + oz
         n = n // planes
@@ -144,7 +144,7 @@ def pack_images(
     blocks = tl.cdiv(Wp, B)
     pid = tl.program_id(0)
     f = (pid % blocks) * B + tl.arange(0, B)
-    row = (pid // blocks) % rows
+    row = (pid // blocks) % rows + tl.zeros((1,), tl.int32)  # as in pack
     c = pid // blocks // rows
     iy = row % Hp + oy
     iz = (row // Hp) % planes + oz
