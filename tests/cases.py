@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from adaptconv.backends import BACKENDS
+from adaptconv.backends.triton.base import TritonBackend
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
 
 CPU = torch.device("cpu")
+ON_CPU = tuple(backend for backend in BACKENDS if not isinstance(backend, TritonBackend))
+"""The backends that run on any machine; those of Triton have tests of their own in ``tests/triton``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps, print the tables last; 1 if a result is wrong."""
     arguments = _arguments(argv)
     device = torch.device(arguments.device)
-    torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     campaign = Campaign(arguments, device)
     for step in STEPS:
