@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptconv.backends.base import one_by_one
 from adaptconv.backends.cpp import build
 from adaptconv.backends.cpp.layout import DTYPES, Geometry, geometry
 from adaptconv.backends.dense import Dense
@@ -124,18 +124,6 @@ def _taps_fake(
     return a.new_empty(problem.output_shape if direction == "forward" else problem.weight_shape)
 
 
-def _taps_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
-    """One call an element: what torch's fallback would do, without its warning."""
-
-    def element(i: int) -> Tensor:
-        pairs = zip(args, in_dims, strict=True)
-        one = [a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in pairs]
-        result: Tensor = torch.ops.adaptconv.cpp_taps(*one)
-        return result
-
-    return torch.stack([element(i) for i in range(info.batch_size)]), 0
-
-
 _LIBRARY.impl("cpp_taps", _taps, "CPU")
 torch.library.register_fake("adaptconv::cpp_taps", _taps_fake, lib=_LIBRARY)
-torch.library.register_vmap("adaptconv::cpp_taps", _taps_vmap, lib=_LIBRARY)
+torch.library.register_vmap("adaptconv::cpp_taps", one_by_one(torch.ops.adaptconv.cpp_taps), lib=_LIBRARY)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv.backends.base import Choice, Config, laid_out
+from adaptconv.backends.base import Choice, Config, laid_out, one_by_one
 from adaptconv.backends.dense import Dense
 from adaptconv.backends.triton import runtime
 from adaptconv.problem import Device, Direction, Problem, fp32_precision
@@ -92,19 +92,7 @@ def _taps_fake(choice: str, direction: str, a: Tensor, b: Tensor, bias: Tensor |
     return laid_out(a.new_empty(problem.output_shape if forward else problem.input_shape), problem.memory_format)
 
 
-def _taps_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
-    """One call an element: what torch's fallback would do, without its warning."""
-
-    def element(i: int) -> Tensor:
-        pairs = zip(args, in_dims, strict=True)
-        one = [a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in pairs]
-        result: Tensor = torch.ops.adaptconv.triton_taps(*one)
-        return result
-
-    return torch.stack([element(i) for i in range(info.batch_size)]), 0
-
-
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("triton_taps", _taps, _key)
 torch.library.register_fake("adaptconv::triton_taps", _taps_fake, lib=_LIBRARY)
-torch.library.register_vmap("adaptconv::triton_taps", _taps_vmap, lib=_LIBRARY)
+torch.library.register_vmap("adaptconv::triton_taps", one_by_one(torch.ops.adaptconv.triton_taps), lib=_LIBRARY)
