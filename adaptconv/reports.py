@@ -227,21 +227,12 @@ def _report(title: str, rows: Iterable[Row], note: str = "", device: torch.devic
 
 
 def _dry_run(model: Any, example_inputs: Any, train: bool) -> Report:
-    from adaptconv.compile.judging import SiteReport, judge
+    from adaptconv.compile.judging import judge, settle
     from adaptconv.compile.optimize import as_arguments, collect_sites
 
     args, kwargs = as_arguments(example_inputs)
-    rows: list[Row] = []
-    taken: set[Any] = set()
-    for site in collect_sites(model, args, kwargs, train=train):
-        if site.result in taken or any(member.node in taken for member in site.members):
-            continue
-        verdict: SiteReport = judge(site)
-        if len(site.members) > 1:
-            if not verdict.rewritten:
-                continue  # left as written: its convolutions have rows of their own
-            taken.update(member.node for member in site.members)
-        rows += _site_rows(verdict)
+    sites = collect_sites(model, args, kwargs, train=train)
+    rows = [row for verdict in settle(sites, lambda site: judge(site)[1]) for row in _site_rows(verdict)]
     return _report(f"adaptconv report (dry run): {_name(model)}", rows)
 
 

@@ -296,9 +296,10 @@ def test_transposed_integer_and_unbatched_convolutions_are_left_to_torch():
     x = torch.randn(2, 4, 16)
     with adaptconv.pinned("dense"):
         torch.testing.assert_close(adaptconv.optimize(net)(x), net(x))
-        (site,) = collect_sites(net, (x,))
-    assert site.problem is None
-    assert "unbatched" in site.reason
+        transposed, unbatched = collect_sites(net, (x,))
+    assert transposed.problem is None and unbatched.problem is None
+    assert "transposed" in transposed.reason
+    assert "unbatched" in unbatched.reason
 
 
 def test_no_compiler_means_one_warning_and_right_results(monkeypatch):

@@ -1,4 +1,4 @@
-"""Nodes: reading a dynamo graph's convolutions, additions, side effects and origins."""
+"""Nodes: reading a dynamo graph's convolutions, additions and origins."""
 
 from __future__ import annotations
 
@@ -11,63 +11,93 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptconv import arguments
+from adaptconv import arguments, ops  # noqa: F401 - registers the op that _OURS names
+from adaptconv.compile.probing import Made
 from adaptconv.errors import AdaptConvError
 from adaptconv.problem import Padding
 from adaptconv.taps import TapPattern
 
-_CONV_AXES: dict[object, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+CONV_AXES: dict[object, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _OP_ARGS = ("input", "weight", "bias", "taps", "stride", "padding", "groups", "plan")  # first three as torch's
 _ADDS = (operator.add, operator.iadd, torch.add)
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 _MODULE_ROOT = re.compile(r"^L\[['\"](self|fn)['\"]\](\.__self__)?(\._orig_mod)?")  # the model itself
 _MODULE_STEP = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]|\.(\w+)")
-_CONTEXT = re.compile(r"autocast|grad_enabled|grad_mode|functorch|checkpoint")
+_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+_OURS = (torch.ops.adaptconv.conv, torch.ops.adaptconv.conv.default)
+_REPLACED_BY = "adaptconv_replaced_by"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conv:
-    """One convolution node, its arguments normalised.
+    """One convolution in a graph, its arguments normalised.
 
     Attributes:
-        node: the node.
+        node: the node that computes it.
+        operands: the nodes of the input, the weight and, if there is one, the bias.
         taps: where its taps sit.
         stride, padding, groups: geometry, padding as (before, after) an axis.
-        compact: whether its weight is already ``[C_out, C_in/groups, T]``: it is our own op.
+        kind: "conv"; "op", our own, whose weight is ``[C_out, C_in/groups, T]``; or "unfold", whose weight is
+            ``[C_out, C_in T]``.
+        made: what constructs its weight, if that leaves holes in it; ``taps`` are then those of the kernel made.
+        inner: nodes it takes in besides ``node``, later ones first: zero padding before it, the unfolded input.
+        turned: of "unfold": whether its answer is ``[N, L, C_out]``, not ``[N, C_out, L]``, and whether its weight is
+            ``[C_in T, C_out]``.
+        note: what to tell people about its weight.
     """
 
     node: fx.Node
+    operands: tuple[fx.Node, fx.Node, fx.Node | None]
     taps: TapPattern
     stride: tuple[int, ...]
     padding: Padding
     groups: int
-    compact: bool
+    kind: str = "conv"
+    made: Made | None = None
+    inner: tuple[fx.Node, ...] = ()
+    turned: tuple[bool, bool] = (False, False)
+    note: str = ""
 
-    # Operands are read off the node each time: rewriting one site renames the operands of the next.
+    # Rewriting one site puts a new node in the place of what another reads.
 
     @property
     def x(self) -> fx.Node:
         """The input's node."""
-        node: fx.Node = _arguments(self.node, _CONV_ARGS)["input"]
-        return node
+        return current(self.operands[0])
 
     @property
     def weight(self) -> fx.Node:
         """The weight's node."""
-        node: fx.Node = _arguments(self.node, _CONV_ARGS)["weight"]
-        return node
+        return current(self.operands[1])
 
     @property
     def bias(self) -> fx.Node | None:
         """The bias's node, if there is one."""
-        node: fx.Node | None = _arguments(self.node, _CONV_ARGS).get("bias")
-        return node
+        return None if self.operands[2] is None else current(self.operands[2])
+
+    @property
+    def compact(self) -> bool:
+        """Whether it is our own op."""
+        return self.kind == "op"
 
     @property
     def axes(self) -> int:
         """Spatial axes."""
         return self.taps.axes
+
+
+def current(node: fx.Node) -> fx.Node:
+    """The node that now stands for another."""
+    while _REPLACED_BY in node.meta:
+        node = node.meta[_REPLACED_BY]
+    return node
+
+
+def replaced(node: fx.Node, by: fx.Node) -> None:
+    """Note that a node stands for another, and have everyone read it instead."""
+    node.replace_all_uses_with(by)
+    node.meta[_REPLACED_BY] = by
 
 
 @dataclass(slots=True)
@@ -87,22 +117,23 @@ def read_convs(gm: fx.GraphModule) -> Found:
     """Every convolution node of a graph, in order."""
     found = Found()
     for node in gm.graph.nodes:
-        axes = _CONV_AXES.get(node.target) if node.op == "call_function" else None
-        is_op = node.op == "call_function" and node.target in (
-            torch.ops.adaptconv.conv, torch.ops.adaptconv.conv.default,
-        )  # fmt: skip
-        if axes is None and not is_op:
+        if node.op != "call_function":
             continue
-        try:
-            found.convs[node] = _read_op(node) if axes is None else _read_torch(node, axes)
-        except (AdaptConvError, TypeError, KeyError, AttributeError) as error:
-            found.unread[node] = f"not understood: {error}"
+        axes = CONV_AXES.get(node.target)
+        if node.target in _TRANSPOSED:
+            found.unread[node] = "transposed convolutions are left to torch"
+        elif axes is not None or node.target in _OURS:
+            try:
+                found.convs[node] = _read_op(node) if axes is None else _read_torch(node, axes)
+            except (AdaptConvError, TypeError, KeyError, AttributeError) as error:
+                found.unread[node] = f"not understood: {error}"
     return found
 
 
-def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
-    named = {"x": "input"}  # the op's own name for it
-    return {**dict(zip(names, node.args, strict=False)), **{named.get(k, k): v for k, v in node.kwargs.items()}}
+def named(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    """A node's arguments by name, positional or not; what was not given is left out."""
+    ours = {"x": "input"}  # the op's own name for it
+    return {**dict(zip(names, node.args, strict=False)), **{ours.get(k, k): v for k, v in node.kwargs.items()}}
 
 
 def value(node: fx.Node) -> Tensor:
@@ -118,49 +149,36 @@ def value(node: fx.Node) -> Tensor:
 
 
 def _read_torch(node: fx.Node, axes: int) -> Conv:
-    a = _arguments(node, _CONV_ARGS)
+    a = named(node, _CONV_ARGS)
     weight = value(a["weight"])
     size, dilation = arguments.checked_grid(axes, weight, a.get("dilation", 1))
     taps = TapPattern.grid(size, dilation)
     stride = arguments.checked_ints(axes, a.get("stride", 1), "stride", least=1)
     padding = arguments.checked_padding(axes, a.get("padding", 0), taps.window, stride)
-    return Conv(node, taps, stride, padding, a.get("groups", 1), False)
+    return Conv(node, (a["input"], a["weight"], a.get("bias")), taps, stride, padding, a.get("groups", 1))
 
 
 def _read_op(node: fx.Node) -> Conv:
-    a = _arguments(node, _OP_ARGS)
+    a = named(node, _OP_ARGS)
     padding = tuple((a["padding"][i], a["padding"][i + 1]) for i in range(0, len(a["padding"]), 2))
     taps = TapPattern.parse(a["taps"])
-    return Conv(node, taps, tuple(a["stride"]), padding, a["groups"], True)
+    return Conv(node, (a["input"], a["weight"], a["bias"]), taps, tuple(a["stride"]), padding, a["groups"], "op")
 
 
-def is_add(node: fx.Node) -> bool:
-    """Whether a node adds two nodes, in place or not, and does nothing else."""
+def addends(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that a node adds up, in place or not, and does nothing else; () where it is no such node.
+
+    One alone where a zero is added to it, as Python's ``sum`` does first.
+    """
     if node.op == "call_method":
         adds = node.target in ("add", "add_")
     else:
         adds = node.op == "call_function" and node.target in _ADDS
-    return adds and not node.kwargs and len(node.args) == 2 and all(isinstance(side, fx.Node) for side in node.args)
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether a node changes a tensor, or the mode under which later nodes run; in doubt, yes."""
-    if node.op in ("call_function", "call_method") and not node.users:
-        return True  # it is there for what it does, not for what it returns
-    if "out" in node.kwargs or _CONTEXT.search(str(node.target)):
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return node.op == "call_module"
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    in_place = getattr(operator, name, None) is node.target and name.startswith("i") and name[1:] in dir(operator)
-    called_in_place = name.endswith("_") and not name.endswith("__")
-    assigns = node.target in (operator.setitem, setattr) or node.kwargs.get("inplace") is True
-    return in_place or called_in_place or assigns
+    if not adds or node.kwargs or len(node.args) != 2:
+        return ()
+    sides = tuple(side for side in node.args if isinstance(side, fx.Node))
+    others = [side for side in node.args if not isinstance(side, fx.Node)]
+    return sides if not others or (len(others) == 1 and type(others[0]) is int and others[0] == 0) else ()
 
 
 def provenance(node: fx.Node) -> tuple[str, str]:
@@ -174,3 +192,19 @@ def provenance(node: fx.Node) -> tuple[str, str]:
     lines: list[tuple[str, str]] = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
     own = [pair for pair in lines if "/torch/" not in pair[0] and "/adaptconv/" not in pair[0]] or lines
     return where, f"{own[-1][0]}:{own[-1][1]}" if own else ""
+
+
+def hint(extent: int | torch.SymInt) -> int:
+    """A symbolic extent's value in the example, read without guarding on it."""
+    if isinstance(extent, int):
+        return extent
+    known: int = extent.node.hint
+    return known
+
+
+def stand_in(x: Tensor) -> Tensor:
+    """Something with a tensor's strides in plain numbers: layout is all that is read off it."""
+    if all(isinstance(extent, int) for extent in (*x.shape, *x.stride())):
+        return x
+    sizes, strides = [hint(extent) for extent in x.shape], [hint(step) for step in x.stride()]
+    return torch.empty_strided(sizes, strides, device="meta")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptconv.compile.inductor import LOG_OPTION, SiteLog, backend, new_log
-from adaptconv.compile.sites import Site, find_sites, find_sums
+from adaptconv.compile.sites import Site, find_sites
 from adaptconv.errors import AdaptConvError, ExampleInputsError
 
 Target = TypeVar("Target", bound=Callable[..., Any])
@@ -139,7 +139,6 @@ def collect_sites(
     def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for module in gm.modules():
             if isinstance(module, fx.GraphModule):
-                sites.extend(find_sums(module))
                 sites.extend(find_sites(module))
         return gm.forward
 

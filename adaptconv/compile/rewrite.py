@@ -5,15 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from adaptconv import ops
 from adaptconv.backends import Config
-from adaptconv.backends.weights import constant
-from adaptconv.compile.judging import SiteReport, is_opaque, judge, report
-from adaptconv.compile.nodes import Conv, value
-from adaptconv.compile.sites import Site, common_window, find_sites, find_sums
+from adaptconv.compile.building import built
+from adaptconv.compile.judging import SiteReport, is_opaque, judge, report, settle
+from adaptconv.compile.nodes import replaced
+from adaptconv.compile.sites import Site, find_sites
 from adaptconv.trilinear import Plans
 
 
@@ -27,22 +26,12 @@ def rewrite(gm: fx.GraphModule) -> list[SiteReport]:
 
 
 def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
-    reports = []
-    taken: set[fx.Node] = set()
     try:
-        singles = find_sites(gm)  # before any sum becomes an op of ours
-        sums = find_sums(gm)
+        sites = find_sites(gm)
     except Exception as error:  # noqa: BLE001 - nothing was changed yet: the graph stays as it is
         _warn("left a graph as it was", error)
         return []
-    for site in sums:
-        verdict = _guarded(gm, site)
-        if verdict.rewritten:
-            taken.update(member.node for member in site.members)
-            reports.append(verdict)
-    for site in singles:
-        if site.result not in taken and not any(m.node in taken for m in site.members):
-            reports.append(_guarded(gm, site))
+    reports = settle(sites, lambda site: _guarded(gm, site))
     if any(verdict.rewritten for verdict in reports):
         gm.recompile()
     return reports
@@ -78,7 +67,7 @@ def graph_text(site: Site, plans: Plans) -> str:
 
 
 def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
-    verdict = judge(site)
+    site, verdict = judge(site)
     if verdict.plans is None:
         return verdict
     if verdict.rewritten:
@@ -96,27 +85,17 @@ def _settle_op(site: Site, plans: Plans) -> None:
 
 
 def _replace(gm: fx.GraphModule, site: Site, plan: str) -> None:
-    assert site.taps is not None and site.problem is not None
-    graph = gm.graph
-    first = site.members[0]
-    with graph.inserting_before(site.result):
-        weight = _compact(graph, first) if len(site.members) == 1 else _merged_weight(graph, site)
-        bias = first.bias if len(site.members) == 1 else _merged_bias(graph, site)
-        flat = [zeros for pair in site.padding for zeros in pair]
-        node = graph.call_function(
-            torch.ops.adaptconv.conv.default,
-            (first.x, weight, bias, str(site.taps), list(first.stride), flat, first.groups, plan),
-        )
-    node.meta = dict(site.result.meta)
-    site.result.replace_all_uses_with(node)
-    _erase(graph, site)
+    with gm.graph.inserting_before(site.result):
+        replaced(site.result, built(gm.graph, site, plan))
+    _erase(gm.graph, site)
 
 
 def _erase(graph: fx.Graph, site: Site) -> None:
     """Take out the site's own nodes and no other.
 
     Not by eliminate_dead_code: to it a method that changes its tensor in place and whose result nobody
-    uses is dead, and dynamo's graphs are full of those.
+    uses is dead, and dynamo's graphs are full of those. What constructed a weight stays, for others may read it;
+    tracing the graph drops what nobody does.
     """
     members = {member.node for member in site.members}
     doomed = [site.result]
@@ -125,55 +104,6 @@ def _erase(graph: fx.Graph, site: Site) -> None:
         inner = [] if node in members else node.all_input_nodes  # an addition of the sum
         graph.erase_node(node)
         doomed += inner
-
-
-def _derived(graph: fx.Graph, target: object, args: tuple[object, ...], like: fx.Node, example: Tensor) -> fx.Node:
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
-    node.meta = {**like.meta, "example_value": example}
-    return node
-
-
-def _compact(graph: fx.Graph, conv: Conv) -> fx.Node:
-    if conv.compact:
-        return conv.weight
-    return _derived(graph, torch.flatten, (conv.weight, 2), conv.weight, value(conv.weight).flatten(2))
-
-
-def _merged_weight(graph: fx.Graph, site: Site) -> fx.Node:
-    """The sum's compact weight: every member's columns, placed on the union's taps and added."""
-    merged = common_window(site.members)
-    assert merged is not None
-    union, _, moved = merged
-    index = {offset: t for t, offset in enumerate(union.offsets)}
-    total: fx.Node | None = None
-    for member, offsets in zip(site.members, moved, strict=True):
-        own = {index[offset]: t for t, offset in enumerate(offsets)}
-        columns = [own.get(t, -1) for t in range(len(union))]
-        compact = _compact(graph, member)
-        placed = _derived(
-            graph, torch.ops.adaptconv.place.default, (compact, columns), member.weight,
-            value(compact).new_empty((*value(compact).shape[:2], len(columns))),
-        )  # fmt: skip
-        total = placed if total is None else _derived(graph, torch.add, (total, placed), member.weight, value(placed))
-    assert total is not None
-    return total
-
-
-def _merged_bias(graph: fx.Graph, site: Site) -> fx.Node | None:
-    total: fx.Node | None = None
-    for bias in (member.bias for member in site.members):
-        if bias is not None:
-            total = bias if total is None else _derived(graph, torch.add, (total, bias), bias, value(bias))
-    return total
-
-
-def place(weight: Tensor, columns: list[int]) -> Tensor:
-    """Columns of a compact weight by index, zeros for -1: ``[O, I, T]`` -> ``[O, I, len(columns)]``."""
-    padded = torch.nn.functional.pad(weight, (0, 1))
-    index = constant(tuple(c if c >= 0 else weight.shape[2] for c in columns), weight.device)
-    return padded.index_select(2, index)
-
-
-_LIBRARY = torch.library.Library("adaptconv", "FRAGMENT")
-_LIBRARY.define("place(Tensor weight, int[] columns) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("place", place, "CompositeImplicitAutograd")
+    for node in dict.fromkeys(node for member in site.members for node in member.inner):
+        if not node.users:
+            graph.erase_node(node)

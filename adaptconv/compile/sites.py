@@ -10,7 +10,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptconv import arguments, trilinear
-from adaptconv.compile.nodes import Conv, is_add, mutates, provenance, read_convs, value
+from adaptconv.compile.effects import Effects, mutates
+from adaptconv.compile.folding import folded
+from adaptconv.compile.neighbours import followed_by
+from adaptconv.compile.nodes import Conv, addends, hint, provenance, read_convs, stand_in, value
+from adaptconv.compile.unfold import read_products
 from adaptconv.problem import Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
@@ -20,46 +24,61 @@ class Site:
     """A place in a graph that could be rewritten.
 
     Attributes:
-        members: one convolution, or the several whose sum this is.
+        members: one convolution, or the several whose sum this is; () where it was not understood.
         result: the node whose value the site computes.
+        kind: what was recognised: "conv", "sum of 2 convs", "unfold", or the name of what was not.
         taps, padding: of the whole site, all members in one window.
         problem: the FORWARD problem, at the sizes seen (hints where they are symbolic) and in the layout
             Inductor will run it in; None where the site cannot be a problem.
+        as_written: the problem that the graph states, where it states another: a constructed kernel in full.
         layout: the layout it was traced in, which is what an eager call would see.
         grad_input, grad_weight: which gradients training will ask for.
         dynamic: whether an extent is symbolic.
         where: module path in the model, "" at the top.
         source: "file:line" that called it.
+        made: what is known of the construction of its weight, "" where the graph constructs none with holes.
+        note: what else people should know: weights computed at run time, what follows the convolution.
         reason: why there is no problem, in words.
     """
 
     members: tuple[Conv, ...]
     result: fx.Node
+    kind: str
     taps: TapPattern | None
     padding: Padding
     problem: Problem | None
+    as_written: Problem | None = None
     layout: str = "contiguous"
     grad_input: bool = False
     grad_weight: bool = False
     dynamic: bool = False
     where: str = ""
     source: str = ""
+    made: str = ""
+    note: str = ""
     reason: str = ""
 
     @property
-    def kind(self) -> str:
-        """What was recognised."""
-        return "conv" if len(self.members) == 1 else f"sum of {len(self.members)} convs"
+    def folded(self) -> bool:
+        """Whether zero padding before it was taken in."""
+        return any(m.inner for m in self.members if m.kind != "unfold")
+
+    def stated(self) -> Site:
+        """The same site with the kernel that the graph states: what is constructed taken in full."""
+        assert self.as_written is not None and len(self.members) == 1
+        taps = self.as_written.taps
+        conv = replace(self.members[0], taps=taps, made=None)
+        return replace(self, members=(conv,), taps=taps, problem=self.as_written, as_written=None)
 
     def problems(self) -> tuple[Problem, ...]:
         """What is worth tuning for this site, in every direction it needs.
 
-        In the layout of a compiled graph; and, where the model calls adaptconv itself, also in the layout
-        of an eager call.
+        In the layout of a compiled graph; where the model calls adaptconv itself, also in the layout of an eager
+        call; and where a kernel is constructed, also with that in full.
         """
         if self.problem is None:
             return ()
-        forwards = [self.problem]
+        forwards = [self.problem] if self.as_written is None else [self.problem, self.as_written]
         if len(self.members) == 1 and self.members[0].compact and self.layout != self.problem.layout:
             forwards.append(replace(self.problem, layout=self.layout))
         wanted = [Direction.FORWARD]
@@ -69,37 +88,44 @@ class Site:
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
-    """Every convolution of a graph as a site of its own, in graph order."""
-    found = read_convs(gm)
-    sites = [_site((conv,), conv.node) for conv in found.convs.values()]
-    return sites + [_unread(node, reason) for node, reason in found.unread.items()]
+    """The sites of a graph: sums first, then every convolution, also those that sums are made of, in graph order.
+
+    A sum is maximal, of convolutions of the same input, and one convolution on the union of their taps.
+    """
+    found, effects = read_convs(gm), Effects.of(gm)
+    convs = {node: folded(conv, effects) for node, conv in found.convs.items()}
+    products = {node: folded(conv, effects) for node, conv in read_products(gm, effects).items()}
+    singles = [_site((conv,), node, conv.kind) for node, conv in {**convs, **products}.items()]
+    constructing = {step for conv in convs.values() if conv.made is not None for step in conv.made.steps}
+    singles += [_unread(node, reason) for node, reason in found.unread.items() if node not in constructing]
+    singles.sort(key=lambda site: effects.order[site.result])
+    return _sums(gm, convs, effects.order) + singles
 
 
 def _unread(node: fx.Node, reason: str) -> Site:
     where, source = provenance(node)
-    return Site((), node, None, (), None, where=where, source=source, reason=reason)
+    name = getattr(node.target, "__name__", str(node.target))
+    return Site((), node, name, None, (), None, where=where, source=source, reason=reason)
 
 
-def find_sums(gm: fx.GraphModule) -> list[Site]:
-    """Maximal sums of convolutions of the same input that are one convolution on the union of their taps."""
-    convs = read_convs(gm).convs
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+def _sums(gm: fx.GraphModule, convs: Mapping[fx.Node, Conv], order: Mapping[fx.Node, int]) -> list[Site]:
     groups: dict[fx.Node, tuple[Conv, ...]] = {node: (conv,) for node, conv in convs.items()}
     sums: dict[fx.Node, tuple[Conv, ...]] = {}
     for node in gm.graph.nodes:
-        if not is_add(node):
+        sides = addends(node)
+        if not sides or len(set(sides)) != len(sides):
             continue
-        left, right = node.args
-        if left is right or any(side not in groups or len(side.users) != 1 for side in (left, right)):
+        if any(side not in groups or len(side.users) != 1 for side in sides):
             continue
-        members = groups[left] + groups[right]
-        if not _mergeable(members) or _mutates_between(gm, order, groups, members, node):
+        members = tuple(member for side in sides for member in groups[side])
+        if len(sides) > 1 and (not _mergeable(members) or _mutates_between(gm, order, groups, members, node)):
             continue
         groups[node] = members
-        for side in (left, right):
+        for side in sides:
             sums.pop(side, None)
-        sums[node] = members
-    sites = [_site(members, node) for node, members in sums.items()]
+        if len(members) > 1:
+            sums[node] = members
+    sites = [_site(members, node, f"sum of {len(members)} convs") for node, members in sums.items()]
     return [site for site in sites if site.problem is not None]
 
 
@@ -168,13 +194,18 @@ def _mutates_between(
 # ---- sites ------------------------------------------------------------------------------------------
 
 
-def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
+def _site(members: tuple[Conv, ...], result: fx.Node, kind: str) -> Site:
     first = members[0]
     merged = common_window(members)
     assert merged is not None, "members were checked to share a window"
     taps, padding, _ = merged
     where, source = provenance(first.node)
-    bare = Site(members, result, taps, padding, None, where=where, source=source)
+    made = "; ".join(m.made.text for m in members if m.made is not None)
+    note = "; ".join(filter(None, (*(m.note for m in members), followed_by(result))))
+    bare = Site(
+        members, result, "conv" if kind == "op" else kind, taps, padding, None, where=where, source=source, made=made,
+        note=note,
+    )  # fmt: skip
     try:
         x = value(first.x)
         weights = [value(m.weight) for m in members]
@@ -189,21 +220,32 @@ def _site(members: tuple[Conv, ...], result: fx.Node) -> Site:
         return replace(bare, reason="the weight's shape is symbolic")
     if out.dtype not in arguments.SUPPORTED or 0 in (*weights[0].shape, *x.shape[1:]):
         return replace(bare, reason=f"dtype {out.dtype} or an empty operand is left to torch")
-    dynamic = any(not isinstance(extent, int) for extent in x.shape)
-    sizes = [_hint(extent) for extent in x.shape]
-    layout = trilinear.layout_of(_stand_in(x, sizes), weights[0])
-    problem = trilinear.forward_problem(
-        x, weights[0], taps, first.stride, padding, first.groups, any(m.bias is not None for m in members), layout
-    )
-    problem = replace(
-        problem, batch=sizes[0], c_in=sizes[1], spatial=tuple(sizes[2:]), dtype=str(out.dtype).removeprefix("torch.")
-    )
+    sizes = [hint(extent) for extent in x.shape]
+    weight = weights[0] if kind != "unfold" else _as_kernel(first, sizes[1])
+    layout = trilinear.layout_of(stand_in(x), weight)
+
+    def problem_of(pattern: TapPattern) -> Problem:
+        problem = trilinear.forward_problem(
+            x, weight, pattern, first.stride, padding, first.groups, any(m.bias is not None for m in members), layout
+        )
+        dtype = str(out.dtype).removeprefix("torch.")
+        problem = replace(problem, batch=sizes[0], c_in=sizes[1], spatial=tuple(sizes[2:]), dtype=dtype)
+        return replace(problem, layout=compiled_layout(problem))
+
     grad = torch.is_grad_enabled()  # a parameter requires gradients even where none will be asked for
-    grad_weight = grad and any(w.requires_grad for w in weights)
     return replace(
-        bare, problem=replace(problem, layout=compiled_layout(problem)), layout=layout,
-        grad_input=grad and x.requires_grad, grad_weight=grad_weight, dynamic=dynamic,
+        bare, problem=problem_of(taps),
+        as_written=problem_of(TapPattern.grid(taps.window)) if kind == "conv" and made else None,
+        layout=layout, grad_input=grad and x.requires_grad,
+        grad_weight=grad and any(w.requires_grad for w in weights),
+        dynamic=any(not isinstance(extent, int) for extent in x.shape),
     )  # fmt: skip
+
+
+def _as_kernel(conv: Conv, c_in: int) -> Tensor:
+    """The weight of a product with an unfolded input, as a convolution has it; of use for its shape alone."""
+    c_out = value(conv.weight).numel() // (c_in * len(conv.taps))
+    return torch.empty((c_out, c_in, len(conv.taps)), device="meta")
 
 
 def compiled_layout(problem: Problem) -> str:
@@ -212,18 +254,3 @@ def compiled_layout(problem: Problem) -> str:
 
     turned = problem.axes == 2 and problem.device.kind == "cpu" and torch.backends.mkldnn.is_available()
     return "channels_last" if turned and config.layout_optimization else problem.layout
-
-
-def _hint(extent: int | torch.SymInt) -> int:
-    """A symbolic extent's value in the example, read without guarding on it."""
-    if isinstance(extent, int):
-        return extent
-    hint: int = extent.node.hint
-    return hint
-
-
-def _stand_in(x: Tensor, sizes: list[int]) -> Tensor:
-    """Something with the input's strides in plain numbers: layout is all that is read off it."""
-    if all(isinstance(extent, int) for extent in x.shape):
-        return x
-    return torch.empty_strided(sizes, [_hint(step) for step in x.stride()], device="meta")

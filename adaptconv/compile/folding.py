@@ -1,0 +1,71 @@
+"""Folding: what stands next to a convolution in a graph and is part of the same function.
+
+Zero padding before it becomes its own padding. Constructed weights become the kernel they make.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from adaptconv.compile.constructed import Uncut, cut
+from adaptconv.compile.effects import Effects, storages
+from adaptconv.compile.nodes import Conv, named, stand_in, value
+from adaptconv.compile.probing import probe
+from adaptconv.problem import Padding
+from adaptconv.trilinear import layout_of
+
+_PADS = (F.pad, torch._C._nn.pad)
+_PAD_ARGS = ("input", "pad", "mode", "value")
+
+
+def folded(conv: Conv, effects: Effects) -> Conv:
+    """A convolution with the zero padding before it and the construction of its weight taken in."""
+    conv = _padded(conv, effects)
+    return _made(conv, effects) if conv.kind == "conv" else conv
+
+
+def _padded(conv: Conv, effects: Effects) -> Conv:
+    while (extra := _zeros_around(conv, effects)) is not None:
+        pad = conv.x
+        padding = tuple((a + c, b + d) for (a, b), (c, d) in zip(conv.padding, extra, strict=True))
+        operands = (named(pad, _PAD_ARGS)["input"], *conv.operands[1:])
+        conv = replace(conv, operands=operands, padding=padding, inner=(*conv.inner, pad))
+    return conv
+
+
+def _zeros_around(conv: Conv, effects: Effects) -> Padding | None:
+    """The zeros that the node before a convolution puts around its input, if that is all it does."""
+    node = conv.x
+    if node.op != "call_function" or node.target not in _PADS:
+        return None
+    a = named(node, _PAD_ARGS)
+    pads, mode, fill = a.get("pad"), a.get("mode", "constant"), a.get("value")
+    if mode != "constant" or isinstance(fill, fx.Node) or fill not in (None, 0) or not isinstance(pads, tuple | list):
+        return None
+    if any(not isinstance(p, int) or p < 0 for p in pads) or any(pads[2 * conv.axes :]) or len(pads) % 2:
+        return None
+    before, after = value(a["input"]), value(node)
+    mine = storages(a["input"])
+    if before.dim() != conv.axes + 2 or mine is None or effects.changed(mine, node, conv.node):
+        return None
+    weight = value(conv.weight)
+    if conv.kind != "unfold" and layout_of(stand_in(before), weight) != layout_of(stand_in(after), weight):
+        return None  # the answer's strides follow the input's
+    pairs = [(pads[i], pads[i + 1]) for i in range(0, min(len(pads), 2 * conv.axes), 2)]
+    pairs += [(0, 0)] * (conv.axes - len(pairs))
+    return tuple(reversed(pairs))
+
+
+def _made(conv: Conv, effects: Effects) -> Conv:
+    cutting = cut(conv.weight, conv.node, effects)
+    if isinstance(cutting, Uncut):
+        return replace(conv, note=cutting.reason)
+    made = probe(cutting)
+    if made is None:
+        return conv
+    # A constructed kernel that is dilated on top of it keeps its dense taps.
+    return replace(conv, taps=made.taps, made=made) if conv.taps.is_dense() else conv
