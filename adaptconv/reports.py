@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from adaptconv.modules import AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d
 from adaptconv.problem import Device, Direction, Problem
 from adaptconv.records import toolchain
 from adaptconv.trilinear import Plans
+
+if TYPE_CHECKING:
+    from adaptconv.compile.judging import SiteReport
 
 _ADAPTIVE = (AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d)
 
@@ -43,6 +46,8 @@ class Row:
         native_us: the same of plain native in the same run.
         gain: ``native_us / time_us``.
         rewritten: whether adaptconv's op runs there (False: the torch call was left untouched).
+        left: why it was left untouched; "" where it was not.
+        remark: what else was found: how its weight is constructed, what keeps its taps, what follows it.
     """
 
     where: str
@@ -58,6 +63,8 @@ class Row:
     native_us: float | None
     gain: float | None
     rewritten: bool
+    left: str = ""
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +108,15 @@ class Report:
         for row in self.rows:
             alike.setdefault(replace(row, where="", source=""), []).append(_place(row))
         header = ("where", "problem", "plan", "from", "ms", "native ms", "gain", "note")
-        cells = [_cells(row, places) for row, places in alike.items()]
+        notes = self._notes()
+        cells = [[*_cells(row, places), _noted(row, notes)] for row, places in alike.items()]
         text: str = tabulate(cells, headers=header, tablefmt=style, disable_numparse=True)
-        return text
+        return "\n".join([text, *(f"[{number}] {note}" for note, number in notes.items())])
+
+    def _notes(self) -> dict[str, int]:
+        """What the table refers to by number, in the order in which it is first said."""
+        said = dict.fromkeys(text for row in self.rows for text in _remarks(row))
+        return {text: number for number, text in enumerate(said, 1)}
 
     def __str__(self) -> str:
         lines = [self.title]
@@ -150,8 +163,24 @@ def _cells(row: Row, places: Sequence[str]) -> list[str]:
     return [
         f"{places[0]}{kind}{more}", f"{short}: {row.problem}" if short else row.problem, plan, row.decided_by,
         "" if row.time_us is None else _ms(row.time_us), "" if row.native_us is None else _ms(row.native_us),
-        "" if row.gain is None else f"{row.gain:.2f}x", "" if row.direction else row.why,
+        "" if row.gain is None else f"{row.gain:.2f}x",
     ]  # fmt: skip
+
+
+_NOT_WORTH_A_NOTE = "native is the plan"
+
+
+def _remarks(row: Row) -> list[str]:
+    left = "" if row.left == _NOT_WORTH_A_NOTE else row.left
+    return [text for text in (left, row.remark) if text and row.direction in ("", Direction.FORWARD.value)]
+
+
+def _noted(row: Row, notes: Mapping[str, int]) -> str:
+    """What became of a site, said once, in its first row."""
+    if row.direction not in ("", Direction.FORWARD.value):
+        return ""
+    done = "" if row.kind == "layer" else "rewritten" if row.rewritten else "as written"
+    return " ".join([done, *(f"[{notes[text]}]" for text in _remarks(row))]).strip()
 
 
 def report(model: Any, example_inputs: Any = None, *, train: bool = False) -> Report:
@@ -201,14 +230,18 @@ def explain(target: Any, *example_inputs: Any, train: bool = False) -> str:
         raise NothingToReport(f"adaptconv.explain takes a Problem, a layer or a model, got {type(target).__name__}")
     if not example_inputs:
         raise NothingToReport("adaptconv.explain(layer) needs the inputs to call it on: adaptconv.explain(layer, x)")
+    from adaptconv.compile.judging import judge
     from adaptconv.compile.optimize import collect_sites
 
     lines = []
     for site in collect_sites(target, example_inputs, train=train):
         lines.append(f"{site.where or _name(target)} ({site.kind}) {site.source}".rstrip())
+        lines += [f"  {remark}" for remark in (site.made, site.note) if remark]
         if site.problem is None:
             lines.append(f"  left to torch: {site.reason}")
             continue
+        verdict = judge(site)[1]
+        lines.append("  rewritten" if verdict.rewritten else f"  left as written: {verdict.reason}")
         for direction in Direction:
             wanted = {Direction.GRAD_INPUT: site.grad_input, Direction.GRAD_WEIGHT: site.grad_weight}
             if wanted.get(direction, True):
@@ -236,10 +269,14 @@ def _dry_run(model: Any, example_inputs: Any, train: bool) -> Report:
     return _report(f"adaptconv report (dry run): {_name(model)}", rows)
 
 
-def _site_rows(site: Any) -> list[Row]:
+def _site_rows(site: SiteReport) -> list[Row]:
+    left = "" if site.rewritten else site.reason
+    remark = "; ".join(filter(None, (site.made, site.note)))
     if site.plans is None:
-        return [Row(site.where, site.source, site.kind, "", "", "native", "", "", site.reason, None, None, None, False)]
-    return _plan_rows(site.where, site.source, site.kind, site.plans, site.rewritten)
+        bare = Row(site.where, site.source, site.kind, "", "", "native", "", "", site.reason, None, None, None, False)
+        return [replace(bare, left=left, remark=remark)]
+    rows = _plan_rows(site.where, site.source, site.kind, site.plans, site.rewritten)
+    return [replace(row, left=left, remark=remark) for row in rows]
 
 
 def _layer_rows(model: nn.Module) -> list[Row]:
