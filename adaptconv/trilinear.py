@@ -101,7 +101,8 @@ class _Trilinear(torch.autograd.Function):
 
     @staticmethod
     def forward(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        return execute(plans.of(direction), a, b, bias)
+        result = execute(plans.of(direction), a, b, bias)
+        return result.detach() if result._is_view() else result  # who gets it may change it in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

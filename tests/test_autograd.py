@@ -343,3 +343,18 @@ def test_a_hook_and_a_retained_graph_see_the_same_gradients() -> None:
     first = torch.autograd.grad(y.sum(), (x, w), retain_graph=True)
     second = torch.autograd.grad(y.sum(), (x, w))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "planned")
+def test_the_answer_may_be_changed_in_place(way: Backend | None) -> None:
+    """As a ReLU that works in place does after a convolution."""
+    for c in SMALL:
+        if declines(way, c):
+            continue
+        operands = leaves(c)
+        with through(way):
+            changed = F.relu_(call(c)(*operands))
+            kept = F.relu(call(c)(*operands))
+        assert torch.equal(changed, kept)
+        ours, theirs = torch.autograd.grad(changed.sum(), operands), torch.autograd.grad(kept.sum(), operands)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

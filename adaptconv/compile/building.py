@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,18 +45,17 @@ def _compact(graph: fx.Graph, conv: Conv) -> fx.Node:
         return weight
     if conv.kind == "unfold":
         turned = _derived(graph, torch.t, (weight,), weight, value(weight).t()) if conv.turned[1] else weight
-        shape = (value(turned).shape[0], -1, len(conv.taps))
+        shape = (value(turned).shape[-2], -1, len(conv.taps))
         return _derived(graph, torch.reshape, (turned, shape), weight, value(turned).reshape(shape))
     if conv.made is not None and conv.made.columns is not None:
         return _from_leaves(graph, conv, conv.made, conv.made.columns)
     flat = _derived(graph, torch.flatten, (weight, 2), weight, value(weight).flatten(2))
     if conv.made is None:
         return flat
-    window = conv.taps.window
-    strides = [int(torch.Size(window[axis + 1 :]).numel()) for axis in range(len(window))]
-    return _placed(
-        graph, flat, [sum(i * step for i, step in zip(offset, strides, strict=True)) for offset in conv.taps.offsets]
-    )
+    window = conv.made.taps.window
+    strides = [math.prod(window[axis + 1 :]) for axis in range(len(window))]
+    live = [sum(i * step for i, step in zip(offset, strides, strict=True)) for offset in conv.made.taps.offsets]
+    return _placed(graph, flat, live)
 
 
 def _from_leaves(graph: fx.Graph, conv: Conv, made: Made, columns: Sequence[Sequence[int]]) -> fx.Node:

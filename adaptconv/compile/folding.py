@@ -5,6 +5,7 @@ Zero padding before it becomes its own padding. Constructed weights become the k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,10 +17,14 @@ from adaptconv.compile.effects import Effects, storages
 from adaptconv.compile.nodes import Conv, named, stand_in, value
 from adaptconv.compile.probing import probe
 from adaptconv.problem import Padding
+from adaptconv.taps import TapPattern
 from adaptconv.trilinear import layout_of
 
-_PADS = (F.pad, torch._C._nn.pad)
-_PAD_ARGS = ("input", "pad", "mode", "value")
+_PADS: dict[object, tuple[str, ...]] = {
+    F.pad: ("input", "pad", "mode", "value"),
+    torch._C._nn.pad: ("input", "pad", "mode", "value"),
+    torch.constant_pad_nd: ("input", "pad", "value"),
+}
 
 
 def folded(conv: Conv, effects: Effects) -> Conv:
@@ -32,7 +37,7 @@ def _padded(conv: Conv, effects: Effects) -> Conv:
     while (extra := _zeros_around(conv, effects)) is not None:
         pad = conv.x
         padding = tuple((a + c, b + d) for (a, b), (c, d) in zip(conv.padding, extra, strict=True))
-        operands = (named(pad, _PAD_ARGS)["input"], *conv.operands[1:])
+        operands = (named(pad, _PADS[pad.target])["input"], *conv.operands[1:])
         conv = replace(conv, operands=operands, padding=padding, inner=(*conv.inner, pad))
     return conv
 
@@ -42,7 +47,7 @@ def _zeros_around(conv: Conv, effects: Effects) -> Padding | None:
     node = conv.x
     if node.op != "call_function" or node.target not in _PADS:
         return None
-    a = named(node, _PAD_ARGS)
+    a = named(node, _PADS[node.target])
     pads, mode, fill = a.get("pad"), a.get("mode", "constant"), a.get("value")
     if mode != "constant" or isinstance(fill, fx.Node) or fill not in (None, 0) or not isinstance(pads, tuple | list):
         return None
@@ -67,5 +72,22 @@ def _made(conv: Conv, effects: Effects) -> Conv:
     made = probe(cutting)
     if made is None:
         return conv
-    # A constructed kernel that is dilated on top of it keeps its dense taps.
-    return replace(conv, taps=made.taps, made=made) if conv.taps.is_dense() else conv
+    grid = conv.taps.single_grid()
+    assert grid is not None, "a convolution of torch's is one grid"
+    return replace(conv, taps=_dilated(made.taps, grid.dilation), made=made, stated=conv.taps)
+
+
+def _dilated(taps: TapPattern, dilation: Sequence[int]) -> TapPattern:
+    """A pattern with its positions so many steps apart."""
+    offsets = tuple(tuple(i * d for i, d in zip(offset, dilation, strict=True)) for offset in taps.offsets)
+    window = tuple((w - 1) * d + 1 for w, d in zip(taps.core.window, dilation, strict=True))
+    apart = TapPattern(offsets, window, density=taps.density)
+    if taps.footprint is None:
+        return apart
+    return apart.spread_by([_with_holes(values, d) for values, d in zip(taps.footprint, dilation, strict=True)])
+
+
+def _with_holes(values: Sequence[float], step: int) -> list[float]:
+    spaced = [0.0] * ((len(values) - 1) * step + 1)
+    spaced[::step] = values
+    return spaced

@@ -72,7 +72,8 @@ class AdaptConvBackend:
         log = _LOGS.get(options.pop(LOG_OPTION, -1))
         if kwargs.get("mode") not in (None, "default"):
             options = {**torch._inductor.list_mode_options(kwargs["mode"]), **options}
-        reports = rewrite(gm)
+        with torch._inductor.config.patch(options):  # freezing and layouts decide what pays
+            reports = rewrite(gm)
         if log is not None:
             log.add(reports)
         missing = _missing_toolchain(example_inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from adaptconv.problem import Problem
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans
 
-_LOG = logging.getLogger("adaptconv.compile")
 _TRAINING_GAIN = 1.3  # measured, over all directions together; small gains of eager calls were losses in a graph
 _OPAQUE_US = 50.0  # what calling out of a compiled graph costs, rounded up
 
@@ -96,7 +94,6 @@ def _verdict(site: Site) -> SiteReport:
     if site.problem is None:
         return report(site, False, site.reason, None)
     plans = trilinear.plan_all(site.problem, site.grad_input, site.grad_weight)
-    _LOG.debug("%s %s at %s:\n%s", site.kind, site.where, site.source, plans.forward)
     if len(site.members) > 1 and not _sum_pays(plans):
         return report(site, False, "the sum as written is as fast as any single call known", plans)
     written = _written_well(site, plans)

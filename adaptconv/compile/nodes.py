@@ -41,6 +41,7 @@ class Conv:
         kind: "conv"; "op", our own, whose weight is ``[C_out, C_in/groups, T]``; or "unfold", whose weight is
             ``[C_out, C_in T]``.
         made: what constructs its weight, if that leaves holes in it; ``taps`` are then those of the kernel made.
+        stated: the taps that the call itself states, where ``made`` leaves some of them out.
         inner: nodes it takes in besides ``node``, later ones first: zero padding before it, the unfolded input.
         turned: of "unfold": whether its answer is ``[N, L, C_out]``, not ``[N, C_out, L]``, and whether its weight is
             ``[C_in T, C_out]``.
@@ -55,6 +56,7 @@ class Conv:
     groups: int
     kind: str = "conv"
     made: Made | None = None
+    stated: TapPattern | None = None
     inner: tuple[fx.Node, ...] = ()
     turned: tuple[bool, bool] = (False, False)
     note: str = ""

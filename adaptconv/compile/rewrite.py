@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from adaptconv.compile.judging import SiteReport, is_opaque, judge, report, sett
 from adaptconv.compile.nodes import replaced
 from adaptconv.compile.sites import Site, find_sites
 from adaptconv.trilinear import Plans
+
+_LOG = logging.getLogger("adaptconv.compile")
 
 
 def rewrite(gm: fx.GraphModule) -> list[SiteReport]:
@@ -39,10 +42,14 @@ def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:
 
 def _guarded(gm: fx.GraphModule, site: Site) -> SiteReport:
     """Plan and replace one site; nothing unexpected in here may cost the user their model."""
+    place = " ".join(filter(None, (site.kind, site.where, site.source)))
     try:
-        return _one(gm, site)
+        verdict = _one(gm, site)
+        done = f"rewritten, {verdict.plans.text}" if verdict.rewritten and verdict.plans else f"left, {verdict.reason}"
+        _LOG.info("%s: %s", place, done)
+        return verdict
     except Exception as error:  # noqa: BLE001 - the last line of defence: leave the node, say so once
-        _warn(f"left {site.where or site.source or site.result} as it was", error)
+        _warn(f"left {place} as it was", error)
         return report(site, False, f"{type(error).__name__}: {error}", None)
 
 

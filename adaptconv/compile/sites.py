@@ -67,7 +67,7 @@ class Site:
         """The same site with the kernel that the graph states: what is constructed taken in full."""
         assert self.as_written is not None and len(self.members) == 1
         taps = self.as_written.taps
-        conv = replace(self.members[0], taps=taps, made=None)
+        conv = replace(self.members[0], taps=taps, made=None, stated=None)
         return replace(self, members=(conv,), taps=taps, problem=self.as_written, as_written=None)
 
     def problems(self) -> tuple[Problem, ...]:
@@ -235,7 +235,7 @@ def _site(members: tuple[Conv, ...], result: fx.Node, kind: str) -> Site:
     grad = torch.is_grad_enabled()  # a parameter requires gradients even where none will be asked for
     return replace(
         bare, problem=problem_of(taps),
-        as_written=problem_of(TapPattern.grid(taps.window)) if kind == "conv" and made else None,
+        as_written=None if len(members) > 1 or first.stated is None else problem_of(first.stated),
         layout=layout, grad_input=grad and x.requires_grad,
         grad_weight=grad and any(w.requires_grad for w in weights),
         dynamic=any(not isinstance(extent, int) for extent in x.shape),

@@ -17,7 +17,7 @@ from adaptconv.errors import AdaptConvError
 from adaptconv.taps import TapPattern
 
 _UNFOLD_ARGS = ("input", "kernel_size", "dilation", "padding", "stride")
-_PRODUCTS = (operator.matmul, torch.matmul, "matmul")
+_PRODUCTS = (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")
 _TURNS = ("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
 _PERMUTES = ("permute", torch.permute)
 
@@ -115,6 +115,16 @@ def _columns(node: object) -> _Columns | None:
     return None
 
 
+def _without_batch(node: object) -> fx.Node | None:
+    """The matrix behind a weight, where every item of the batch has the same one: ``[A, B]`` or ``[1, A, B]``."""
+    if isinstance(node, fx.Node) and node.target in ("expand", "expand_as", torch.broadcast_to):
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return None
+    shape = value(node).shape
+    return node if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else None
+
+
 def _ints(given: Sequence[object]) -> list[int]:
     flat = list(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else list(given)
     return [a for a in flat if isinstance(a, int)]
@@ -123,7 +133,8 @@ def _ints(given: Sequence[object]) -> list[int]:
 def _product(
     node: fx.Node, columns: _Columns, weight: object, bias: fx.Node | None, *, transposed: bool, weight_transposed: bool
 ) -> Conv | None:
-    if not isinstance(weight, fx.Node) or value(weight).dim() != 2:
+    weight = _without_batch(weight)
+    if weight is None or (weight_transposed and value(weight).dim() != 2):
         return None
     a = named(columns.unfold, _UNFOLD_ARGS)
     x = a["input"]
