@@ -286,6 +286,27 @@ def test_a_site_that_fails_is_left_and_said_once(monkeypatch):
     torch.testing.assert_close(y, conv(x))
 
 
+def test_a_rewritten_graph_that_does_not_compile_is_compiled_as_it_was(monkeypatch):
+    """Here because what is changed in place later is let through: autograd would have kept a padded copy of it."""
+    monkeypatch.setattr("adaptconv.compile.effects.Effects.changed_later", lambda *arguments: False)
+    conv = nn.Conv2d(4, 4, 3)
+
+    def net(x):
+        x = x * 1
+        y = conv(F.pad(x, (1, 1, 1, 1)))
+        return y + F.relu_(x)
+
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    fast = adaptconv.optimize(net)
+    with adaptconv.pinned("dense"), pytest.warns(RuntimeWarning, match="did not compile"):
+        y = fast(x)
+    torch.testing.assert_close(y, net(x))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(net(x).sum(), x))
+    (report,) = log_of(fast).sites
+    assert not report.rewritten
+    assert "did not compile" in report.reason
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_transposed_integer_and_unbatched_convolutions_are_left_to_torch():
     w = torch.randn(4, 4, 3)

@@ -97,6 +97,8 @@ def cut(weight: fx.Node, reader: fx.Node, effects: Effects) -> Cutting | Uncut:
     touched: Storages = frozenset().union(*(storages(node) or () for node in used))
     if effects.changed(touched, steps[0], reader, steps):
         return Uncut("what its weight is made from is changed, or a mode is, before the convolution reads it")
+    if effects.changed_later(frozenset().union(*(storages(leaf) or () for leaf in leaves)), reader):
+        return Uncut("what its weight is made from is changed after the convolution, before its gradient is taken")
     return Cutting(weight, leaves, steps)
 
 

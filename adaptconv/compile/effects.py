@@ -101,6 +101,17 @@ class Effects:
         end = self.order[before]
         return [n for n, to in self.mutators if self.order[n] < end and (to is None or to & touched)]
 
+    def changed_later(self, touched: Storages, after: fx.Node) -> bool:
+        """Whether storages may be written to after a node, while autograd may still need what they held.
+
+        Where a graph pads, unfolds or constructs first, autograd keeps that copy; what takes its place keeps the tensor
+        it was made from.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        start = self.order[after]
+        return any(self.order[n] > start and (to is None or to & touched) for n, to in self.mutators)
+
     def changed(self, touched: Storages, after: fx.Node, before: fx.Node, but: Sequence[fx.Node] = ()) -> bool:
         """Whether storages may be written to, or a mode changed, strictly between two nodes."""
         start, end = self.order[after], self.order[before]

@@ -54,8 +54,10 @@ def _zeros_around(conv: Conv, effects: Effects) -> Padding | None:
     if any(not isinstance(p, int) or p < 0 for p in pads) or any(pads[2 * conv.axes :]) or len(pads) % 2:
         return None
     before, after = value(a["input"]), value(node)
-    mine = storages(a["input"])
-    if before.dim() != conv.axes + 2 or mine is None or effects.changed(mine, node, conv.node):
+    mine, copy = storages(a["input"]), storages(node)
+    if before.dim() != conv.axes + 2 or mine is None or copy is None:
+        return None
+    if effects.changed(mine | copy, node, conv.node) or effects.changed_later(mine, conv.node):
         return None
     weight = value(conv.weight)
     if conv.kind != "unfold" and layout_of(stand_in(before), weight) != layout_of(stand_in(after), weight):

@@ -6,13 +6,16 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.torch_version import TorchVersion
 
+from adaptconv._version import __version__
 from adaptconv.compile.judging import SiteReport
-from adaptconv.compile.rewrite import rewrite
+from adaptconv.compile.rewrite import copied, rewrite
 
 LOG_OPTION = "adaptconv.log"
 Compiled = Callable[..., Any]
@@ -72,6 +75,7 @@ class AdaptConvBackend:
         log = _LOGS.get(options.pop(LOG_OPTION, -1))
         if kwargs.get("mode") not in (None, "default"):
             options = {**torch._inductor.list_mode_options(kwargs["mode"]), **options}
+        as_given = copied(gm)
         with torch._inductor.config.patch(options):  # freezing and layouts decide what pays
             reports = rewrite(gm)
         if log is not None:
@@ -80,11 +84,44 @@ class AdaptConvBackend:
         if missing:
             warnings.warn(f"adaptconv: {missing}; the rewritten graph runs uncompiled", RuntimeWarning, stacklevel=2)
             return gm.forward
-        compiled: Compiled = torch._inductor.compile(gm, list(example_inputs), options=options)
+        try:
+            return _compiled(gm, example_inputs, options)
+        except Exception as error:
+            if not any(report.rewritten for report in reports):
+                raise  # torch's own, about the user's own graph
+            failure = f"the rewritten graph did not compile: {type(error).__name__}: {error}"
+            warnings.warn(f"adaptconv: {failure}; it is compiled as it was", RuntimeWarning, stacklevel=2)
+            compiled = _compiled(as_given, example_inputs, options)
+        if log is not None:
+            log.add([replace(report, rewritten=False, reason=failure) for report in reports])
         return compiled
 
     def reset(self) -> None:
-        """Nothing is kept between graphs."""
+        """Forget what Inductor keeps between graphs: the trees of its CUDA graphs."""
+        if torch.cuda.is_initialized():
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
+
+
+def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Compiled:
+    options = {**options, **_safe_options(example_inputs)}
+    # What an op of ours is traced into is this release's code, of which the caches on disk see the name alone.
+    tag = f"{torch.compiler.config.cache_key_tag}adaptconv-{__version__}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        compiled: Compiled = torch._inductor.compile(gm, list(example_inputs), options=options)
+    return compiled
+
+
+def _safe_options(example_inputs: Sequence[Any]) -> dict[str, Any]:
+    """Options that keep Inductor from kernels known to be wrong.
+
+    Before torch 2.13 its Triton convolution, a candidate of max-autotune, answers wrong with 8 warps and says nothing
+    (pytorch#173068). It takes no dilation; a plan that writes a kernel's holes out as zeros would let it in.
+    """
+    kinds = {t.device.type for t in example_inputs if isinstance(t, torch.Tensor)}
+    safe = "cuda" not in kinds or TorchVersion(torch.__version__) >= "2.13"
+    return {} if safe else {"max_autotune_conv_backends": "ATEN"}
 
 
 def _missing_toolchain(example_inputs: Sequence[Any]) -> str | None:

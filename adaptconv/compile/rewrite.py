@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from dataclasses import replace
@@ -26,6 +27,16 @@ def rewrite(gm: fx.GraphModule) -> list[SiteReport]:
         if isinstance(module, fx.GraphModule):
             reports += _rewrite_one(module)
     return reports
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph that rewriting another leaves as it is, child graphs included; tensors are shared."""
+    twin = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name=type(gm).__name__)
+    twin.meta = dict(gm.meta)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(twin, name, copied(child))
+    return twin
 
 
 def _rewrite_one(gm: fx.GraphModule) -> list[SiteReport]:

@@ -49,7 +49,9 @@ def read_products(gm: fx.GraphModule, effects: Effects) -> dict[fx.Node, Conv]:
             continue
         read = conv.inner[-1]
         mine = storages(read.args[0]) if isinstance(read.args[0], fx.Node) else None
-        if mine is not None and not effects.changed(mine | (storages(read) or mine), read, node):
+        if mine is None or effects.changed(mine | (storages(read) or mine), read, node):
+            continue
+        if not effects.changed_later(mine, node):
             found[node] = conv
     return found
 
