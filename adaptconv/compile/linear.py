@@ -52,8 +52,10 @@ _PRODUCTS = _words(
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"""
 )
 _OF_SHAPE = _words(
-    "new_zeros new_ones new_full zeros_like ones_like full_like size dim ndimension numel shape ndim dtype device"
+    """new_zeros new_ones new_full new_tensor zeros_like ones_like full_like size dim ndimension numel shape ndim dtype
+    device"""
 )
+_OF_OTHERS_FORM = _words("to type_as expand_as view_as reshape_as")  # of their second argument, they read no value
 # Functions of constants: no two calls differ.
 _OF_CONSTANTS = _words(
     """zeros ones full eye arange linspace tensor meshgrid tril_indices triu_indices abs sub neg minimum maximum clamp
@@ -90,6 +92,9 @@ def name_of(node: fx.Node) -> str | None:
     if node.target is getattr:
         name = str(node.args[1])
         return name if name in ("T", "mT", "shape", "ndim", "dtype", "device") else None
+    if isinstance(node.target, torch._ops.OpOverloadPacket):  # as some properties are traced, ``w.T`` for one
+        name = node.target.__name__.removeprefix("numpy_")
+        return name if node.target._qualified_op_name.startswith("aten::") and name in _NAMES else None
     return _FUNCTIONS.get(node.target)
 
 
@@ -104,6 +109,8 @@ def kind_of(node: fx.Node, runtime: Callable[[fx.Node], bool]) -> Kind:
     if name is None or "out" in node.kwargs:
         return Kind.OPAQUE
     at = [position for position, given in _inputs(node) if runtime(given)]
+    if name in _OF_OTHERS_FORM:
+        at = [position for position in at if position != 1]
     if not at:
         # What is left is a function of nothing, so its value can be had here, as long as no two calls differ.
         return Kind.CONSTANT
