@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -284,6 +285,21 @@ def test_a_site_that_fails_is_left_and_said_once(monkeypatch):
     with pytest.warns(RuntimeWarning, match="no such luck"):
         y = adaptconv.optimize(conv)(x)
     torch.testing.assert_close(y, conv(x))
+
+
+@pytest.mark.parametrize("backend", [None, "native", "gather"])
+@pytest.mark.usefixtures("uncompiled")
+def test_zeros_padded_before_a_layer_of_ours_become_its_padding(backend, caplog):
+    layer = adaptconv.AdaptiveConv2d(4, 4, 3, padding=1)
+    net = nn.Sequential(nn.ZeroPad2d((2, 0, 1, 3)), layer)
+    x = torch.randn(2, 4, 12, 12, requires_grad=True)
+    with adaptconv.pinned(backend) if backend else nullcontext():
+        fast = adaptconv.optimize(net)
+        _agree(fast, net, x)
+    (report,) = log_of(fast).sites
+    assert report.rewritten
+    assert report.problem.padding == ((2, 4), (3, 1))
+    assert not [r for r in caplog.records if "does not fit" in r.message]
 
 
 def test_a_rewritten_graph_that_does_not_compile_is_compiled_as_it_was(monkeypatch):

@@ -113,6 +113,8 @@ def _written_well(site: Site, plans: Plans) -> str:
     """Why the graph as it is written is at least as good as the plans; "" if it is not."""
     needed = plans_needed(plans)
     backends = {p.choice.backend for p in needed}
+    if site.folded and site.members[0].kind == "op":
+        return ""  # its plan is for the padding it takes in
     if any(p.source is Source.PINNED for p in needed):
         return "native is the plan" if plans.plain and not site.folded and site.kind == "conv" and not site.made else ""
     if site.kind == "unfold":
