@@ -324,6 +324,27 @@ def test_a_rewritten_graph_that_does_not_compile_is_compiled_as_it_was(monkeypat
 
 
 @pytest.mark.usefixtures("uncompiled")
+def test_a_construction_that_cannot_be_looked_into_leaves_the_others(monkeypatch):
+    def broken(cutting):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("adaptconv.compile.folding.probe", broken)
+    near, far = nn.Conv2d(4, 4, 3), nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def net(x):
+        return near(F.conv2d(x, torch.kron(far, torch.eye(2))))
+
+    x = torch.randn(1, 4, 12, 12)
+    fast = adaptconv.optimize(net)
+    with pytest.warns(RuntimeWarning, match="no such luck"):
+        y = fast(x)
+    torch.testing.assert_close(y, net(x))
+    constructed, plain = log_of(fast).sites
+    assert "no such luck" in constructed.note
+    assert plain.problem is not None
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_transposed_integer_and_unbatched_convolutions_are_left_to_torch():
     w = torch.randn(4, 4, 3)
 

@@ -5,6 +5,7 @@ Zero padding before it becomes its own padding. Constructed weights become the k
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,9 +29,17 @@ _PADS: dict[object, tuple[str, ...]] = {
 
 
 def folded(conv: Conv, effects: Effects) -> Conv:
-    """A convolution with the zero padding before it and the construction of its weight taken in."""
-    conv = _padded(conv, effects)
-    return _made(conv, effects) if conv.kind == "conv" else conv
+    """A convolution with the zero padding before it and the construction of its weight taken in.
+
+    What goes wrong in here costs this convolution the recognition and nothing else: one warning, and it is as written.
+    """
+    try:
+        wider = _padded(conv, effects)
+        return _made(wider, effects) if conv.kind == "conv" else wider
+    except Exception as error:  # noqa: BLE001 - the user's own operations are run to see what they make
+        failure = f"looking into what it is made from failed: {type(error).__name__}: {error}"
+        warnings.warn(f"adaptconv takes {conv.node} as it is written: {failure}", RuntimeWarning, stacklevel=2)
+        return replace(conv, note=failure)
 
 
 def _padded(conv: Conv, effects: Effects) -> Conv:

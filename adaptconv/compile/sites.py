@@ -95,11 +95,18 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     found, effects = read_convs(gm), Effects.of(gm)
     convs = {node: folded(conv, effects) for node, conv in found.convs.items()}
     products = {node: folded(conv, effects) for node, conv in read_products(gm, effects).items()}
-    singles = [_site((conv,), node, conv.kind) for node, conv in {**convs, **products}.items()]
+    singles = [_single(conv, node) for node, conv in {**convs, **products}.items()]
     constructing = {step for conv in convs.values() if conv.made is not None for step in conv.made.steps}
     singles += [_unread(node, reason) for node, reason in found.unread.items() if node not in constructing]
     singles.sort(key=lambda site: effects.order[site.result])
     return _sums(gm, convs, effects.order) + singles
+
+
+def _single(conv: Conv, node: fx.Node) -> Site:
+    try:
+        return _site((conv,), node, conv.kind)
+    except Exception as error:  # noqa: BLE001 - one convolution that is not understood leaves the others
+        return _unread(node, f"not understood: {type(error).__name__}: {error}")
 
 
 def _unread(node: fx.Node, reason: str) -> Site:
