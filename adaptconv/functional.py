@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv import ops, records, trilinear
+from adaptconv import ops, records, sharding, trilinear
 from adaptconv.arguments import (
     SUPPORTED,
     Ints,
@@ -145,9 +145,9 @@ def prepared(
     try:
         grad = _grad()
         key = (
-            axes, input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), bias is None,
-            stride, padding, dilation, groups, taps, grad and input.requires_grad, grad and weight.requires_grad,
-            current_pin(), records.epoch(), _threads(), _precision(), _deterministic(),
+            axes, input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), type(input),
+            type(weight), type(bias), stride, padding, dilation, groups, taps, grad and input.requires_grad,
+            grad and weight.requires_grad, current_pin(), records.epoch(), _threads(), _precision(), _deterministic(),
         )  # fmt: skip
         call = _CALLS.get(key)
     except (TypeError, AttributeError):
@@ -190,6 +190,13 @@ def _prepare(
     axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints | str,
     dilation: Ints, groups: int, taps: TapPattern | None,
 ) -> Call:  # fmt: skip
+    if sharding.is_sharded(input, weight, bias):
+        whole = checked_groups(axes, groups)
+
+        def local(x: Tensor, w: Tensor, b: Tensor | None, own_groups: int) -> Tensor:  # each rank plans its own part
+            return prepared(axes, x, w, b, stride, padding, dilation, own_groups, taps).run(x, w, b)
+
+        return Call(lambda x, w, b: sharding.convolve(local, axes, x, w, b, whole), None)  # type: ignore[arg-type]
     torch_conv = _CONV[axes]
     own_pattern = taps is not None
     if taps is None:

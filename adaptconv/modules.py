@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptconv import ops
+from adaptconv import ops, ranks, sharding
 from adaptconv.errors import ConvArgumentError
 from adaptconv.functional import Call, prepared, traced
 from adaptconv.kernel import Kernel
@@ -136,13 +136,16 @@ class _Adaptive(nn.modules.conv._ConvNd):
         if family.identity:
             return self.weight
         tensors = [getattr(self, name) for name in self._slots]
-        if family.constructed and not torch.compiler.is_compiling():
+        keeps = family.constructed and not torch.compiler.is_compiling() and not ranks.may_be_sharded_by_fsdp()
+        if keeps:
             kept = self.__dict__.get("_constructed")
             if kept is not None and kept.still(family, tensors):
                 return kept.weight  # type: ignore[no-any-return]
         with full_precision(tensors[0].device):
+            if _is_sharded(*tensors):
+                return sharding.replicated(family.compact, self._tensors())
             weight = family.compact(*tensors)
-        if family.constructed and not torch.compiler.is_compiling():
+        if keeps:
             self.__dict__["_constructed"] = Constructed.of(family, tensors, weight)
         return weight
 
@@ -201,12 +204,16 @@ class _Adaptive(nn.modules.conv._ConvNd):
         """Apply a padding mode that is not zeros; the padding left for the convolution."""
         if self.padding_mode == "zeros":
             return input, self.padding
-        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+
+        def pad(whole: Tensor) -> Tensor:
+            return F.pad(whole, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+
+        return sharding.by_channel(pad, self._axes, input) if _is_sharded(input) else pad(input), 0
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input [N, C_in, *spatial]`` or ``[C_in, *spatial]``."""
         family = self._family
-        if family is not None and family.factorised:
+        if family is not None and family.factorised and not _is_sharded(input):
             input, padding = self._padded(input)
             tensors = [getattr(self, name) for name in self._slots]
             return family.convolve(input, self.bias, tensors, self.stride, padding, self.groups)
@@ -284,6 +291,11 @@ def _family_of(name: str, kernel: Any, taps: Any) -> Family | None:
     if isinstance(kernel, (TapPattern, str)):
         return FixedTaps.of(kernel)
     return kernel if isinstance(kernel, Family) else None
+
+
+def _is_sharded(*tensors: Tensor) -> bool:
+    """Whether there are DTensors among them; dynamo has its own eyes for those, and no rules of ours."""
+    return not torch.compiler.is_dynamo_compiling() and sharding.is_sharded(*tensors)
 
 
 def _own_dtype(slot: Slot) -> dict[str, Any]:

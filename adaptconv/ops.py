@@ -6,6 +6,8 @@ is opaque: for extents known only at run time, and for plans that Inductor would
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -14,17 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv import dispatch, records
+from adaptconv import dispatch, ranks, records, sharding
+from adaptconv._version import __version__
+from adaptconv.backends import BACKENDS
+from adaptconv.backends.base import transformed
+from adaptconv.backends.dense import Dense
 from adaptconv.dispatch import Plan
 from adaptconv.errors import BackendRejected, UnknownKnob
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
-from adaptconv.trilinear import Plans, convolve, execute, forward_problem, layout_of, plan_all, plans_from_text
+from adaptconv.trilinear import (
+    Plans,
+    convolve,
+    differentiated,
+    execute,
+    forward_problem,
+    layout_of,
+    plan_all,
+    plans_from_text,
+)
 
 _LOG = logging.getLogger("adaptconv.ops")
 
 AUTO = "auto:"  # before the digest of the database: a plan left to run time
 OPAQUE = "opaque:"  # before a plan text: run it in an op of its own, out of Inductor's sight
+_TORCHS: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 _LIBRARY = torch.library.Library("adaptconv", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -41,8 +57,17 @@ _LIBRARY.define(
 
 
 def auto_plan() -> str:
-    """The plan text that leaves the decision to run time, named after the database it will read."""
-    return f"{AUTO}{records.default_store().digest()}"
+    """The plan text that leaves the decision to later, named after everything that decision will rest on.
+
+    Torch's caches on disk tell graphs apart by it, and a decision made while tracing is kept in them. So it names the
+    rank too: how a DTensor is cut is traced into a graph, and the cache that AOTAutograd shares between processes does
+    not know of it. A rank that took another's graph would answer wrong.
+    """
+    rank, world = ranks.rank_and_world()
+    versions = [(backend.name, backend.version) for backend in BACKENDS]
+    database, pin, threads = records.default_store().digest(), dispatch.current_pin(), torch.get_num_threads()
+    digest = hashlib.sha256(repr((__version__, versions, database, pin, threads)).encode()).hexdigest()[:16]
+    return f"{AUTO}{digest}" + (f"@{rank}of{world}" if world > 1 else "")
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import dynamo, two seconds of it.
@@ -60,8 +85,16 @@ def _conv(
     """adaptconv::conv, traced through: ``weight`` compact, ``padding`` as before, after an axis."""
     pattern = TapPattern.parse(taps)
     x, weight, bias = autocasted(x, weight, bias)
+    if sharding.is_sharded(x, weight, bias):
+
+        def local(a: Tensor, b: Tensor, c: Tensor | None, own_groups: int) -> Tensor:
+            return _conv(a, b, c, taps, stride, padding, own_groups, plan)
+
+        return sharding.convolve(local, pattern.axes, x, weight, bias, groups)  # type: ignore[arg-type]
     symbolic = any(not isinstance(extent, int) for extent in x.shape)
-    if symbolic or plan.startswith(OPAQUE):
+    if symbolic and (transformed() or _is_pinned_dense()):
+        return _written_out(x, weight, bias, pattern, stride, _pairs(padding), groups)
+    if (symbolic or plan.startswith(OPAQUE)) and not transformed():
         # Extents unknown while tracing are planned at run time, from the real ones.
         planned = auto_plan() if symbolic and not plan.startswith(AUTO) else plan
         result: Tensor = torch.ops.adaptconv.direction(
@@ -75,6 +108,45 @@ def _conv(
     return convolve(_plans_of(problem, x, weight, plan), x, weight, bias)
 
 
+def _is_pinned_dense() -> bool:
+    pin = dispatch.current_pin()
+    return pin is not None and pin.backend == Dense.name
+
+
+def _written_out(
+    x: Tensor, weight: Tensor, bias: Tensor | None, taps: TapPattern, stride: Sequence[int], padding: Padding,
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """Dense-construct in torch operations that ask for no extent: what a graph for any size can be traced into."""
+    grid, dilation = taps.single_grid(), (1,) * taps.axes
+    if grid is not None and grid.extent == taps.window and taps.footprint is None:
+        weight, dilation = weight.reshape(*weight.shape[:2], *grid.size), grid.dilation
+    else:
+        weight = _window(weight, taps)
+    even = [before for before, _ in padding]
+    if any(before != after for before, after in padding):
+        x = torch.nn.functional.pad(x, [zeros for pair in reversed(padding) for zeros in pair])
+        even = [0] * taps.axes
+    return _TORCHS[taps.axes](x, weight, bias, stride, even, dilation, groups)
+
+
+def _window(weight: Tensor, taps: TapPattern) -> Tensor:
+    """A compact weight in its dense window, without an index tensor: torch.export before 2.15 loses those."""
+    plain, entries = taps.spread()
+    columns: dict[tuple[int, ...], Tensor] = {}
+    for own, place, value in entries:
+        column, where = weight.select(2, own), plain.offsets[place]
+        column = column if value == 1 else column * value
+        columns[where] = columns[where] + column if where in columns else column
+    parts: list[Tensor] = []
+    for hole, run in itertools.groupby(itertools.product(*map(range, taps.window)), lambda p: p not in columns):
+        here = list(run)
+        parts.append(
+            weight.new_zeros((*weight.shape[:2], len(here))) if hole else torch.stack([columns[p] for p in here], 2)
+        )
+    return torch.cat(parts, 2).reshape(*weight.shape[:2], *taps.window)
+
+
 def _plans_of(problem: Problem, x: Tensor, weight: Tensor, text: str) -> Plans:
     """The plans a graph carries, or today's where it carries none that fit.
 
@@ -82,7 +154,7 @@ def _plans_of(problem: Problem, x: Tensor, weight: Tensor, text: str) -> Plans:
     """
     if not text.startswith(AUTO):
         try:
-            return plans_from_text(problem, text)
+            return plans_from_text(problem, text.removeprefix(OPAQUE))
         except (BackendRejected, UnknownKnob) as error:
             _LOG.warning("planning anew, the graph's plan does not fit: %s", error)
     grad = torch.is_grad_enabled()
@@ -115,6 +187,17 @@ def _direction(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, *rest:
 def _carried_plan(problem: Problem, text: str) -> Plan:
     """The plan of a problem's direction in a graph's plan text."""
     return plans_from_text(problem.facing(Direction.FORWARD), text.removeprefix(OPAQUE)).of(problem.direction)
+
+
+def _direction_transformed(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """adaptconv::direction under a transform of torch.func: the function that knows of them."""
+    *geometry, text = rest
+    problem = _problem_of(Direction(direction), a, b, bias, *geometry)
+    forward = problem.facing(Direction.FORWARD)
+    auto = text.startswith(AUTO)
+    plans = plan_all(forward, False, False) if auto else plans_from_text(forward, text.removeprefix(OPAQUE))
+    result = differentiated(plans, problem.direction, a, b, bias)
+    return result.contiguous() if problem.direction is Direction.GRAD_WEIGHT else result
 
 
 def _direction_fake(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -153,6 +236,10 @@ def _direction_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 _LIBRARY.impl("conv", _conv, "CompositeImplicitAutograd")
 _LIBRARY.impl("direction", _direction, "CompositeExplicitAutograd")
+# Under torch.func both run as Python at the top, where its transforms see every operation inside. Left to torch, vmap
+# calls an op once an element and says so, grad refuses, and jvp drops the tangent.
+_LIBRARY.impl("conv", _conv, "FuncTorchDynamicLayerFrontMode")
+_LIBRARY.impl("direction", _direction_transformed, "FuncTorchDynamicLayerFrontMode")
 torch.library.register_fake("adaptconv::direction", _direction_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "adaptconv::direction", _direction_backward, setup_context=_direction_setup, lib=_LIBRARY

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from adaptconv import dispatch
 from adaptconv.backends import Choice
@@ -109,12 +110,29 @@ class _Trilinear(torch.autograd.Function):
         ctx.plans, ctx.direction, a, b, bias = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Forward-mode: the form is linear in each operand."""
+        a, b = ctx.saved_tensors
+        da, db, dbias = tangents[2:]
+        parts: list[Tensor] = []
+        if da is not None:
+            parts.append(differentiated(ctx.plans, ctx.direction, da, b, None))
+        if db is not None:
+            parts.append(differentiated(ctx.plans, ctx.direction, a, db, None))
+        if dbias is not None:
+            problem: Problem = ctx.plans.forward.problem
+            everywhere = dbias.reshape(-1, *(1,) * problem.axes).expand(problem.output_shape)
+            parts.append(everywhere if parts else laid_out(everywhere, problem.memory_format))
+        return sum(parts[1:], parts[0])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         need_a, need_b, need_bias = ctx.needs_input_grad[2:]
-        apply = _apply
+        apply = differentiated
         da: Tensor | None
         db: Tensor | None
         plans: Plans = ctx.plans
@@ -140,7 +158,7 @@ class _Trilinear(torch.autograd.Function):
 _APPLY_BELOW: Callable[..., Tensor] = super(torch.autograd.Function, _Trilinear).apply
 
 
-def _apply(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def differentiated(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """Apply the function; under a torch.func transform by the long way, which knows of transforms."""
     if torch._C._are_functorch_transforms_active():
         result: Tensor = _Trilinear.apply(plans, direction, a, b, bias)
@@ -173,11 +191,12 @@ def executor(plans: Plans) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         return plans.forward.call
 
     def differentiable(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return _apply(plans, Direction.FORWARD, x, w, bias)
+        return differentiated(plans, Direction.FORWARD, x, w, bias)
 
     def inference(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            return differentiable(x, w, bias)
+        asked = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if asked or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return differentiable(x, w, bias)  # a kernel of ours knows nothing of tangents
         return execute(plans.forward, x, w, bias)
 
     return differentiable if plans.grad_input or plans.grad_weight else inference

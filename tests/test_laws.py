@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("grids", "tap_text", "tap_shapes", "taps", "measure", "rates"),
     ("problem",),
-    ("arguments", "plots", "kernel", "reference", "records"),
+    ("arguments", "plots", "kernel", "reference", "records", "ranks", "sharding"),
     ("backends",),
     ("dispatch",),
     ("trilinear",),

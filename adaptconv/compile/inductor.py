@@ -108,7 +108,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[s
     options = {**options, **_safe_options(example_inputs)}
     # What an op of ours is traced into is this release's code, of which the caches on disk see the name alone.
     tag = f"{torch.compiler.config.cache_key_tag}adaptconv-{__version__}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Compiled = torch._inductor.compile(gm, list(example_inputs), options=options)
     return compiled
 

@@ -25,7 +25,7 @@ _BUILT_ALIKE: dict[Any, SiteLog] = {}  # kept for good: an id that went with its
 
 
 class NotOptimizable(AdaptConvError, TypeError):
-    """Something that is neither a module, a module class nor a function."""
+    """Something that is neither a module, a module class nor a function, or that another backend is to compile."""
 
 
 @overload
@@ -42,10 +42,12 @@ def optimize(model: Any = None, **compile_options: Any) -> Any:
     Args:
         model: an ``nn.Module`` (returned compiled; parameters are shared), a subclass of ``nn.Module``
             (its instances compile themselves), or a function.
-        compile_options: ``mode``, ``dynamic``, ``fullgraph``, ``options`` as for ``torch.compile``.
+        compile_options: ``mode``, ``dynamic``, ``fullgraph``, ``options`` and whatever else ``torch.compile``
+            takes, ``backend`` apart; ``mode`` and ``options`` may be given together, the options then count.
 
     Raises:
-        NotOptimizable: ``model`` is none of those.
+        NotOptimizable: ``model`` is none of those, or another backend is asked for.
+        RuntimeError: a mode or an option that Inductor does not have (torch's own message lists them).
     """
     if model is None:
         return functools.partial(optimize, **compile_options)
@@ -70,11 +72,21 @@ def _optimize_class(cls: type[nn.Module], compile_options: dict[str, Any]) -> ty
         original(self, *args, **kwargs)
         if self not in _OPTIMIZED:  # a subclass's own __init__ runs through here once
             log = _log_for(self)
-            self.compile(**_with_log(compile_options, log))
+            _compile_in_place(self, _with_log(compile_options, log))
             _OPTIMIZED[self] = log
 
     cls.__init__ = initialise  # type: ignore[method-assign]
     return cls
+
+
+def _compile_in_place(module: nn.Module, options: dict[str, Any]) -> None:
+    """``Module.compile``; dynamo leaves frames of torch's own alone, so where forward is one, it gets one around it."""
+    if not type(module).forward.__module__.startswith("torch.nn."):
+        module.compile(**options)
+        return
+    from torch._dynamo.external_utils import wrap_inline
+
+    module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **options)
 
 
 def _log_for(model: Any) -> SiteLog:
@@ -96,13 +108,17 @@ def _log_for(model: Any) -> SiteLog:
 
 
 def _with_log(compile_options: Mapping[str, Any], log: SiteLog) -> dict[str, Any]:
-    """torch.compile's arguments: torch takes a mode or options, not both, so a mode is written out."""
+    """torch.compile's arguments, its mode and options checked and written out as for torch's own backend."""
     kept = dict(compile_options)
+    if "backend" in kept:
+        raise NotOptimizable(
+            f"adaptconv.optimize compiles through its own backend, which ends in Inductor; got backend="
+            f"{kept['backend']!r}. Leave it out, or use torch.compile(model, backend=...) and adaptconv.adapt(model)"
+        )
     options = dict(kept.pop("options", None) or {})
-    mode = kept.pop("mode", None)
-    if mode not in (None, "default"):
-        options = {**torch._inductor.list_mode_options(mode), **options}
-    return {**kept, "backend": backend, "options": {**options, LOG_OPTION: log.id}}
+    for_dynamo = {name: options.pop(name) for name in ("guard_filter_fn",) if name in options}
+    checked = torch._TorchCompileInductorWrapper(kept.pop("mode", None), options, kept.get("dynamic")).config
+    return {**kept, "backend": backend, "options": {**checked, **for_dynamo, LOG_OPTION: log.id}}
 
 
 def log_of(model: Any) -> SiteLog | None:

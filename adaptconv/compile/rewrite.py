@@ -11,6 +11,7 @@ from torch import fx
 
 from adaptconv import ops
 from adaptconv.backends import Config
+from adaptconv.compile.agreement import agreed
 from adaptconv.compile.building import built
 from adaptconv.compile.judging import SiteReport, is_opaque, judge, report, settle
 from adaptconv.compile.nodes import replaced
@@ -85,7 +86,7 @@ def graph_text(site: Site, plans: Plans) -> str:
 
 
 def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
-    site, verdict = judge(site)
+    site, verdict = agreed(site, *judge(site))
     if verdict.plans is None:
         return verdict
     if verdict.rewritten:

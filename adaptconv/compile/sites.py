@@ -220,7 +220,9 @@ def _site(members: tuple[Conv, ...], result: fx.Node, kind: str) -> Site:
     except KeyError:
         return replace(bare, reason="its operands carry no shapes")
     if not all(type(t) is FakeTensor for t in (x, *weights)):
-        return replace(bare, reason=f"a {type(x).__name__} input or weight is left to torch")
+        other = next(type(t).__name__ for t in (x, *weights) if type(t) is not FakeTensor)
+        ours = "each rank plans its own part of it" if kind == "op" else "left to torch"
+        return replace(bare, reason=f"a {other} input or weight: {ours}")
     if x.dim() != first.axes + 2:
         return replace(bare, reason="an unbatched input is left to torch")
     if any(not isinstance(extent, int) for w in weights for extent in w.shape):
