@@ -105,3 +105,54 @@ def conformer(layers: int = 2, width: int = 256, features: int = 128) -> Answer:
         hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0,
         conformer_conv_dropout=0.0, layerdrop=0.0, apply_spec_augment=False,
     )  # fmt: skip
+
+
+def resnet(depths: tuple[int, ...] = (1, 1, 1, 1), widths: tuple[int, ...] = (32, 64, 128, 256)) -> Answer:
+    """A ResNet of basic blocks, nothing but everyday convolutions: ``[N, 3, H, W] -> [N, classes]``."""
+    return _made(
+        "ResNetForImageClassification", "ResNetConfig", "logits", depths=list(depths), hidden_sizes=list(widths),
+        embedding_size=widths[0], layer_type="basic", num_labels=100,
+    )  # fmt: skip
+
+
+class WithNoise(nn.Module):
+    """A vocoder that is fed its noise instead of drawing it: ``[N, T, mels + noise] -> [N, samples]``.
+
+    Args:
+        model: takes ``[N, T, mels]`` and ``noise_sequence``.
+        mels: how many of the last axis are the spectrogram's.
+    """
+
+    def __init__(self, model: nn.Module, mels: int) -> None:
+        super().__init__()
+        self.model = model
+        self.mels = mels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Split the last axis, return the waveform."""
+        waveform: Tensor = self.model(x[..., : self.mels], noise_sequence=x[..., self.mels :]).waveforms
+        return waveform
+
+
+def univnet(channels: int = 16, mels: int = 20, noise: int = 16) -> WithNoise:
+    """UnivNet's vocoder, with kernels predicted from the input and applied by unfold and einsum.
+
+    Shapes: ``[N, T, mels + noise] -> [N, 32 T]``.
+    """
+    made = _made(
+        "UnivNetModel", "UnivNetConfig", model_in_channels=noise, model_hidden_channels=channels, num_mel_bins=mels,
+        resblock_kernel_sizes=[3, 3], resblock_stride_sizes=[8, 4], resblock_dilation_sizes=[[1, 3, 9], [1, 3, 9]],
+        kernel_predictor_num_blocks=1, kernel_predictor_hidden_channels=channels, kernel_predictor_dropout=0.0,
+    )  # fmt: skip
+    return WithNoise(made.model, mels)
+
+
+def dac(encoder: int = 8, decoder: int = 64) -> Answer:
+    """The Descript audio codec, residual units of dilations 1, 3 and 9, transposed convolutions on the way up.
+
+    Shapes: ``[N, 1, samples] -> [N, samples]``.
+    """
+    return _made(
+        "DacModel", "DacConfig", "audio_values", encoder_hidden_size=encoder, downsampling_ratios=[2, 4],
+        decoder_hidden_size=decoder, n_codebooks=2, codebook_size=64, codebook_dim=4, quantizer_dropout=0.0,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Whole models through ``optimize`` against plain ``torch.compile``: values, graphs, recompilations, compile time."""
