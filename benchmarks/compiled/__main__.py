@@ -27,6 +27,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,9 @@ def _finished(row: Row, began: float) -> Row:
     return row
 
 
+_ERROR = re.compile(r"[\w.]+(Error|Exception|Failed)\b")
+
+
 def _child(row: Row, key: str, task: str, number: float) -> None:
     """Put what a process of its own answers into a row, or why there is no answer into its "failed"."""
     _say(f"{row['model']}: {task}")
@@ -145,8 +149,9 @@ def _child(row: Row, key: str, task: str, number: float) -> None:
         if ran.returncode == 0 and answer.exists():
             row[key] = json.loads(answer.read_text(encoding="utf-8"))
         else:
-            last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
-            row["failed"][key] = last[:300]
+            said = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]
+            errors = [line for line in said if _ERROR.match(line)]  # torch ends with advice, not with the error
+            row["failed"][key] = (errors or said)[-1][:300]
 
 
 def _say(text: str) -> None:
