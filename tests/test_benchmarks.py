@@ -386,7 +386,7 @@ def test_regret_asks_for_records_and_has_both_kinds(tmp_path: Path, capsys: pyte
     assert regret.main(only) == 0
     assert "knows none of the 2 problems" in capsys.readouterr().out
     tune = ["--only", "depthwise", "--directions", "forward", "--rivals", "eager", "--seconds", "0"]
-    assert run.main([*tune, "--tune", "--budget", "1"]) == 0
+    assert run.main([*tune, "--tune", "--budget", "6"]) == 0
     out = tmp_path / "regret.json"
     capsys.readouterr()
     assert regret.main([*only, "--exhaustive", "--out", str(out)]) == 0
