@@ -52,8 +52,13 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_traces() -> Iterator[None]:
-    """Dynamo compiles one piece of code eight times and then no more: each test has all of them to itself."""
+    """Dynamo compiles one piece of code eight times and then no more: each test has all of them to itself.
+
+    What optimized models were found to hold is forgotten with it.
+    """
     yield
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
+    optimizing, dynamo = sys.modules.get("adaptconv.compile.optimize"), sys.modules.get("torch._dynamo")
+    if optimizing is not None:
+        optimizing.forget_compiled()
+    elif dynamo is not None:
         dynamo.reset()

@@ -15,15 +15,8 @@ import adaptconv
 from adaptconv import trilinear
 from adaptconv.compile import inductor
 from adaptconv.compile import rewrite as rewriting
-from adaptconv.compile.optimize import NotOptimizable, collect_sites, forget_compiled, log_of
+from adaptconv.compile.optimize import NotOptimizable, collect_sites, log_of
 from adaptconv.problem import Direction
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    forget_compiled()
-    yield
-    forget_compiled()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +14,6 @@ import adaptconv
 from adaptconv._version import __version__
 from adaptconv.compile import inductor
 from adaptconv.compile.optimize import NotOptimizable, forget_compiled, log_of
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    forget_compiled()
-    yield
-    forget_compiled()
 
 
 @pytest.fixture

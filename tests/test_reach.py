@@ -18,13 +18,6 @@ from adaptconv.compile import inductor
 from adaptconv.compile.optimize import forget_compiled, log_of
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    forget_compiled()
-    yield
-    forget_compiled()
-
-
 @pytest.fixture
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run rewritten graphs as they are: Inductor takes seconds."""

@@ -9,7 +9,6 @@ from tabulate import tabulate
 
 Row = dict[str, Any]
 VARIANTS = ("compile", "optimize", "forced")
-CLOSE = 1e-5  # relative distance to plain torch in float32, where the network itself allows it
 EXACT = 1e-9  # in float64
 _FLOOR = 1e-6  # relative error under which nobody asks which of two float32 results is nearer
 _LONGER, _MORE_S = 1.10, 2.0  # of compile time
