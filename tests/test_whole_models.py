@@ -269,6 +269,7 @@ def test_the_command_goes_on_where_it_was_and_says_what_is_wrong(
 def test_every_model_has_five_sizes_of_one_rank() -> None:
     assert sum(model.network.needs == "transformers" for model in MODELS.values()) >= 6
     for model in MODELS.values():
-        assert len(set(model.shapes)) == 5
-        assert len({(len(shape), shape[:2] if len(shape) > 3 else shape[0]) for shape in model.shapes}) == 1
-        assert torch.equal(model.input_of(model.shapes[1]), model.input_of(model.shapes[1]))
+        for shapes in (model.shapes(train=False), model.shapes(train=True)):
+            assert len(set(shapes)) == 5
+            assert len({(len(shape), shape[1:2] if len(shape) > 3 else ()) for shape in shapes}) == 1
+            assert torch.equal(model.input_of(shapes[1]), model.input_of(shapes[1]))

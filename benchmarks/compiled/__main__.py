@@ -1,7 +1,7 @@
 """Whole models, ``optimize`` against plain ``torch.compile``: ``python -m benchmarks.compiled --out FILE``.
 
 Each model is compiled in processes of its own, each with an empty Inductor cache, in evaluation and in training
-(forward and backward), first at one input size and then, in training, at the others. Three ways: plain torch.compile;
+(forward and backward), first at one input size and then at four others. Three ways: plain torch.compile;
 optimize with the database as it is here; "forced", optimize with a database that names, for every convolution, some
 backend that is not torch's, whichever accepts it.
 
@@ -17,7 +17,7 @@ What is checked, and ends with the exit status 1 where it does not hold:
              comments, and the 20th percentile of interleaved calls within 1 % of it; "again" is torch.compile against
              itself, compiled a second time: where that is over 1, it is what ours may take and 1 % more
 
-Three to five minutes a model on two quiet cores, one with --overhead; the file is written after every model, and
+Three to six minutes a model on two quiet cores, one with --overhead; the file is written after every model, and
 --resume goes on. Seconds of a busy machine say little: look at "load_average".
 """
 
@@ -75,7 +75,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m benchmarks.compiled", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(MODELS), help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--sizes", type=int, default=5, choices=range(1, 6), help="input sizes in training (5)")
+    parser.add_argument("--sizes", type=int, default=5, choices=range(1, 6), help="input sizes (5)")
     parser.add_argument("--repeats", type=int, default=3, help="most pairs of timed compilations (3)")
     parser.add_argument(
         "--variants", nargs="+", default=list(rows.VARIANTS), choices=rows.VARIANTS, help="not all three"

@@ -36,14 +36,14 @@ def run(name: str, variant: str, sizes: int) -> Answer:
     Args:
         name: of the model.
         variant: "compile", "optimize", or "forced": optimize, each site made to run in some way that is not torch's.
-        sizes: how many input shapes a training step is run at; forced and through Inductor at two of them at most,
-            which is a graph of known extents and one of symbolic ones.
+        sizes: how many input shapes it is run at; forced and through Inductor only in training and at two of them at
+            most, which is a graph of known extents and one of symbolic ones.
 
     Returns:
         By what was run: what ``_measured`` says; where forced, also "double": errors of the rewritten graph in float64.
     """
     model = MODELS[name]
-    shapes = model.shapes[:sizes]
+    shapes = model.shapes(train=True)[:sizes]
     _warm()
     answer: Answer = {"model": name, "variant": variant}
     with TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def run(name: str, variant: str, sizes: int) -> Answer:
             _force(model, shapes, Path(folder))
             answer["double"] = _in_double(model, shapes)
         else:
-            answer["forward"] = _measured(model, variant, shapes[:1], train=False)
+            answer["forward"] = _measured(model, variant, model.shapes(train=False)[:sizes], train=False)
         answer["training"] = _measured(model, variant, shapes[:2] if variant == "forced" else shapes, train=True)
     return answer
 
