@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from adaptconv import dispatch, measure, trilinear
 from adaptconv.dispatch import Plan, Source
-from adaptconv.tuner.contest import by_hand
+from adaptconv.tuner.entrants import by_hand
 from benchmarks.facts import keep_freed_memory, machine_facts, write_results
 from benchmarks.layers.exhaustive import Searched, searched
 from benchmarks.layers.tensors import DIRECTIONS, problems_of, tensors_of

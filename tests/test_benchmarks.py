@@ -20,7 +20,7 @@ from adaptconv.measure import Timing
 from adaptconv.problem import Direction
 from adaptconv.reference import reference, relative_error
 from adaptconv.taps import TapPattern
-from adaptconv.tuner.contest import contenders
+from adaptconv.tuner.entrants import contenders
 from benchmarks import limits, regret
 from benchmarks.facts import merged, read_rows, write_results
 from benchmarks.layers import rows, summary

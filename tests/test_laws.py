@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("grids", "tap_text", "tap_shapes", "taps", "measure", "rates"),
     ("problem",),
-    ("arguments", "plots", "kernel", "reference", "records", "ranks", "sharding"),
+    ("arguments", "plots", "table", "kernel", "reference", "records", "ranks", "sharding"),
     ("backends",),
     ("dispatch",),
     ("trilinear",),
@@ -59,7 +59,7 @@ OUTSIDERS = {  # packages that only one room may import, and the room
     "optuna": "tuner.search",
     "triton": "backends.triton",
     "sqlalchemy": None,
-    "tabulate": "reports",
+    "tabulate": "table",
     "tqdm": "tuner",
     "matplotlib": "plots",
 }

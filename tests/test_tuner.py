@@ -27,7 +27,7 @@ from adaptconv.measure import Timing
 from adaptconv.problem import Direction, Problem
 from adaptconv.records import DatabaseWarning, Record
 from adaptconv.reference import reference, relative_error
-from adaptconv.tuner import TuneError, bench, contest, load_factory, session, tune, tune_problems
+from adaptconv.tuner import TuneError, bench, contest, entrants, final, load_factory, session, tune, tune_problems
 from adaptconv.tuner.search import Search, open_storage, quiet
 from tests.cases import case
 
@@ -155,13 +155,13 @@ def test_between_equals_the_plainer_choice_is_taken() -> None:
     baseline, gather, padded = (Choice.parse(t) for t in (PLAIN, "gather@1{workspace_mib=4}", PADDED))
     timing = Timing(50, 50, 50, 50, 9)
     timings = {baseline: Timing(99, 99, 99, 99, 9), gather: replace(timing, p20_us=49.9), padded: timing}
-    assert contest.chosen(timings, baseline) == padded
-    assert contest.chosen({**timings, padded: replace(timing, p20_us=52)}, baseline) == gather
+    assert final.chosen(timings, baseline) == padded
+    assert final.chosen({**timings, padded: replace(timing, p20_us=52)}, baseline) == gather
 
 
 def test_where_native_rejects_the_better_hand_written_form_is_the_baseline(clock: Callable[..., FakeClock]) -> None:
     dense, dual = (str(backend_named(name).default(problem_of(HOLED))) for name in ("dense", "dual"))
-    assert [str(choice) for choice in contest.by_hand(problem_of(HOLED))] == [dense, dual]
+    assert [str(choice) for choice in entrants.by_hand(problem_of(HOLED))] == [dense, dual]
     clock({dense: (300, 299), dual: (200, 199)})
     record = tuned(problem_of(HOLED))
     assert record.native_us == 200 and record.p20_us == 100
@@ -170,9 +170,9 @@ def test_where_native_rejects_the_better_hand_written_form_is_the_baseline(clock
 
 
 def test_dense_does_not_race_where_it_is_native_again() -> None:
-    names = [backend.name for backend in contest.contenders(problem_of(case("plain", "3x3", (9, 8))))]
+    names = [backend.name for backend in entrants.contenders(problem_of(case("plain", "3x3", (9, 8))))]
     assert names == ["native", "gather"]
-    assert "dense" in [backend.name for backend in contest.contenders(problem_of())]
+    assert "dense" in [backend.name for backend in entrants.contenders(problem_of())]
 
 
 # ---- who may not win ----------------------------------------------------------------------------
@@ -204,7 +204,8 @@ class Wrong(Native):
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     registered = (*BACKENDS, Wrong())
-    monkeypatch.setattr(contest, "BACKENDS", registered)
+    for module in (entrants, final):
+        monkeypatch.setattr(module, "BACKENDS", registered)
     monkeypatch.setitem(_BY_NAME, "wrong", registered[-1])
 
 
@@ -549,7 +550,7 @@ def test_neighbours_seed_the_search_and_what_does_not_fit_is_ignored(clock: Call
     other = problem_of(batch=7)
     odd = replace(record, key=other.key(), config={"layout": "diagonal", "speed": 11})
     records.default_store().write(odd)
-    seeds = contest.seeds_for(problem_of(batch=6))
+    seeds = entrants.seeds_for(problem_of(batch=6))
     assert seeds["native"][0] == Config(layout="diagonal", speed=11)
     assert Config(layout="channels_last", pad="implicit") in seeds["native"] and "gather" in seeds
     assert text_of(tuned(problem_of(batch=6), trials=2)) == LAST  # the default and the one seed that fits
@@ -795,7 +796,7 @@ def test_a_real_session_keeps_its_promise() -> None:
     result = tune_problems([slow, problem_of(HOLED)], progress=False)
     assert [row.status for row in result.rows] == ["tuned", "tuned"], str(result)
     for record in result.records:
-        assert record.p20_us == record.native_us or record.p20_us <= contest.TIE * record.native_us
+        assert record.p20_us == record.native_us or record.p20_us <= final.TIE * record.native_us
         assert record.p20_us <= record.median_us <= record.p80_us
         assert record.error <= max(2 * record.native_error, 1e-6)
     assert dispatch.plan(slow).source is Source.RECORD

@@ -1,8 +1,8 @@
 """Tuning: every sound way to compute a problem, checked against the oracle, timed beside native, remembered.
 
-``session`` shares the time among the problems, ``contest`` finds the winner of one, ``bench`` holds its
-operands and checks its candidates, ``search`` asks Optuna what to try (nothing else imports optuna),
-``result`` is what comes back and ``factory`` finds a model by name.
+``session`` shares the time among the problems, ``contest`` finds the winner of one: ``entrants`` says who takes
+part, ``final`` who wins. ``bench`` holds its operands and checks its candidates, ``search`` asks Optuna what to try
+(nothing else imports optuna), ``result`` is what comes back and ``factory`` finds a model by name.
 """
 
 from __future__ import annotations

@@ -12,38 +12,30 @@ a sum of grids), each with default knobs. It is checked and timed like any other
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adaptconv import measure, records
-from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named
+from adaptconv.backends import Choice, backend_named
 from adaptconv.backends.costs import is_modelled
 from adaptconv.dispatch import decisions
 from adaptconv.measure import Timing
 from adaptconv.problem import Problem
 from adaptconv.records import Record, Rival
 from adaptconv.tuner.bench import Bench, Discarded
+from adaptconv.tuner.entrants import by_hand, searches
+from adaptconv.tuner.final import Candidate, best_of_backends, chosen, finalists, too_close
 
 if TYPE_CHECKING:
     from adaptconv.tuner.search import Search
 
 _LOG = logging.getLogger("adaptconv.tuner")
 
-TIE = 0.97  # a winner takes at most this share of the baseline's time, or the baseline stays
-NEAR = 1.05  # within this of the fastest, the order is not yet known
-_SAME = 1.02  # still within this after the photo finish, the plainer choice is taken
-_UNSTEADY = 1.25  # times its fastest sample: a 20th percentile above that says the machine is disturbed
-_IN_REACH = 1.3  # of the screening's best: goes to the final
-_RIVAL_REACH = 3.0  # likewise for the best of each other backend
-_FINALISTS = 6
 _BATCH = 4  # configurations a backend a screening run
 _AT_LEAST = 4  # of them are timed however late it is
 _ROUNDS = 4  # of a short screening, that which settles the number of repeats included
@@ -51,23 +43,7 @@ _FAR = 15.0  # times the best predicted, or the baseline
 _LONG = 0.05  # of the time for a problem: what a single call may take without being looked at twice
 _HOPELESS = 6.0  # times the baseline: told as timed by a single call
 _HOPELESS_US = 5e3  # below this a call is cheap enough to be timed properly
-_SEEDS = 4
 _SCREENING = 0.6  # of the time for a problem
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A sound choice as the screening saw it.
-
-    Attributes:
-        choice: backend and configuration.
-        error: relative L2 error against the oracle.
-        ratio: its time over the baseline's in the same run.
-    """
-
-    choice: Choice
-    error: float
-    ratio: float
 
 
 class NoBaseline(Exception):
@@ -96,7 +72,7 @@ def hold(
     # What autocast would change is the problem's dtype, and that has been decided.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         contest = _Contest(problem, device, budget_s, seed)
-        contest.screen(_searches(problem, trials, storage, seed), deadline - budget_s * (1 - _SCREENING))
+        contest.screen(searches(problem, trials, storage, seed), deadline - budget_s * (1 - _SCREENING))
         return contest.decide(deadline)
 
 
@@ -257,34 +233,16 @@ class _Contest:
     def decide(self, deadline: float) -> Record:
         """Run the final, and the photo finish if it takes one; the winner as a record."""
         left = deadline - monotonic()
-        finalists = self._finalists(_FINALISTS)
-        if sum(self.sound[choice].ratio for choice in finalists) * self.baseline_us * 6 > left * 1e6:
-            finalists = self._finalists(2)
-        final = self._timed(finalists, min(1.0, 0.6 * left), 5, 40)
-        near = self._too_close(final)
+        running = finalists(self.sound.values(), self.baseline, short=False)
+        if sum(self.sound[choice].ratio for choice in running) * self.baseline_us * 6 > left * 1e6:
+            running = finalists(self.sound.values(), self.baseline, short=True)
+        final = self._timed(running, min(1.0, 0.6 * left), 5, 40)
+        near = too_close(final, self.baseline)
         last = final
         if near:
             last = self._timed([self.baseline, *near], min(1.0, 0.9 * (deadline - monotonic())), 9, 80)
         winner = chosen(last, self.baseline)
         return self._record(winner, last, final)
-
-    def _finalists(self, most: int) -> list[Choice]:
-        ranked = sorted(self.sound.values(), key=lambda candidate: candidate.ratio)
-        best = ranked[0].ratio
-        finalists = {c.choice: None for c in ranked[:most] if c.ratio <= _IN_REACH * best}
-        rivals = _best_of_backends(ranked).values() if most == _FINALISTS else ()
-        finalists |= {c.choice: None for c in rivals if c.ratio <= _RIVAL_REACH * best}
-        return [self.baseline, *(choice for choice in finalists if choice != self.baseline)]
-
-    def _too_close(self, final: Mapping[Choice, Timing]) -> list[Choice]:
-        """Who must run again beside the baseline; nobody where the order is clear and the machine steady."""
-        best = min(timing.p20_us for timing in final.values())
-        near = sorted((c for c in final if final[c].p20_us <= NEAR * best), key=lambda c: final[c].p20_us)
-        others = [c for c in near if c != self.baseline]
-        if any(final[c].p20_us > _UNSTEADY * final[c].min_us for c in (self.baseline, near[0])):
-            return sorted((c for c in final if c != self.baseline), key=lambda c: final[c].min_us)[:3]
-        close_to_baseline = final[self.baseline].p20_us <= NEAR / TIE * best
-        return others[:3] if others and (len(others) > 1 or close_to_baseline) else []
 
     def _record(self, winner: Choice, last: Mapping[Choice, Timing], final: Mapping[Choice, Timing]) -> Record:
         native_us = last[self.baseline].p20_us
@@ -294,7 +252,7 @@ class _Contest:
         ranked = sorted((Candidate(c, 0.0, ratio) for c, ratio in ratios.items()), key=lambda c: c.ratio)
         rivals = tuple(
             Rival(str(candidate.choice), candidate.ratio * native_us)
-            for name, candidate in _best_of_backends(ranked).items()
+            for name, candidate in best_of_backends(ranked).items()
             if name != winner.backend
         )
         timing = last[winner]
@@ -304,73 +262,6 @@ class _Contest:
             error=_finite(self.sound[winner].error), native_error=_finite(self.sound[self.baseline].error),
             toolchain=records.toolchain(self.device), measured_on=records.utc_now(), rivals=rivals,
         )  # fmt: skip
-
-
-def by_hand(problem: Problem) -> list[Choice]:
-    """What a user would write without adaptconv: one choice, or several of which the fastest counts."""
-    native = backend_named("native")
-    if not native.rejects(problem):
-        return [native.default(problem)]
-    backends = (backend_named(name) for name in ("dense", "dual"))
-    return [backend.default(problem) for backend in backends if not backend.rejects(problem)]
-
-
-def chosen(timings: Mapping[Choice, Timing], baseline: Choice) -> Choice:
-    """The winner of a run: the fastest that beats the baseline beyond doubt, else the baseline.
-
-    Beyond doubt: a 20th percentile of at most ``TIE`` times the baseline's, and a faster fastest sample.
-    Between winners that cannot be told apart, the earlier backend with fewer knobs turned is taken.
-    """
-    own = timings[baseline]
-    better = [c for c, t in timings.items() if t.p20_us <= TIE * own.p20_us and t.min_us < own.min_us]
-    better = [choice for choice in better if choice != baseline]
-    if not better:
-        return baseline
-    best = min(timings[choice].p20_us for choice in better)
-    order = {backend.name: place for place, backend in enumerate(BACKENDS)}
-    same = [choice for choice in better if timings[choice].p20_us <= _SAME * best]
-    return min(same, key=lambda choice: (order[choice.backend], len(set(choice.config.items())), str(choice)))
-
-
-def seeds_for(problem: Problem) -> dict[str, list[Config]]:
-    """The bests that nearby records, stale ones included, name for each backend, nearest first."""
-    seeds: dict[str, list[Config]] = {}
-    for _, hit in records.default_store().neighbours(problem, limit=4 * _SEEDS):
-        texts = [Choice(hit.record.backend, hit.record.version, Config(hit.record.config))]
-        for rival in hit.record.rivals:
-            with contextlib.suppress(ValueError):
-                texts.append(Choice.parse(rival.choice))
-        for choice in texts:
-            known = seeds.setdefault(choice.backend, [])
-            if len(known) < _SEEDS and choice.config not in known:
-                known.append(choice.config)
-    return seeds
-
-
-def _searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> list[Search]:
-    from adaptconv.tuner.search import Search  # here, so that importing the tuner does not import optuna
-
-    versions = records.toolchain(torch.device(problem.device.kind))
-    scope = " ".join(f"{name} {version}" for name, version in versions.items())
-    seeds = seeds_for(problem)
-    make = partial(Search, problem, storage=storage, scope=scope, trials=trials, seed=seed)
-    return [make(backend, seeds=seeds.get(backend.name, ())) for backend in contenders(problem)]
-
-
-def contenders(problem: Problem) -> list[Backend]:
-    """The backends that accept a problem, less dense where every tap is there: it would be native again."""
-    accepted = [backend for backend in BACKENDS if not backend.rejects(problem)]
-    if problem.taps.is_dense():
-        accepted = [backend for backend in accepted if backend.name != "dense"]
-    return accepted
-
-
-def _best_of_backends(ranked: Iterable[Candidate]) -> dict[str, Candidate]:
-    """The first of each backend among candidates sorted by ratio."""
-    best: dict[str, Candidate] = {}
-    for candidate in ranked:
-        best.setdefault(candidate.choice.backend, candidate)
-    return best
 
 
 def _finite(error: float) -> float:

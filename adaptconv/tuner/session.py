@@ -20,7 +20,7 @@ from adaptconv.dispatch import Source, plan_from_choice
 from adaptconv.errors import AdaptConvError
 from adaptconv.problem import Device, Problem, fp32_precision
 from adaptconv.records import DatabaseError, DatabaseWarning, Record
-from adaptconv.tuner import contest
+from adaptconv.tuner import contest, entrants
 from adaptconv.tuner.result import KNOWN, NOT_TUNED, TUNED, TuneError, TuneResult, TuneRow, gain
 
 _LOG = logging.getLogger("adaptconv.tuner")
@@ -274,7 +274,7 @@ def not_here(problem: Problem) -> str | None:
 
 def predicted_us(problem: Problem) -> float:
     """The predicted time of what a user would write by hand; only the order matters."""
-    choices = contest.by_hand(problem)
+    choices = entrants.by_hand(problem)
     return min(backend_named(choice.backend).cost(problem, choice.config) for choice in choices)
 
 

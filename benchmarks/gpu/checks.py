@@ -13,7 +13,7 @@ import torch
 from adaptconv.backends import BACKENDS, Backend, Choice
 from adaptconv.problem import Device, Direction, Problem, fp32_precision
 from adaptconv.tuner.bench import Bench, Discarded
-from adaptconv.tuner.contest import by_hand
+from adaptconv.tuner.entrants import by_hand
 from tests.cases import CASES
 
 _DTYPES = ("bfloat16", "float32", "float16")

@@ -11,7 +11,7 @@ from adaptconv.backends import Choice, backend_named
 from adaptconv.dispatch import Plan
 from adaptconv.measure import Timing
 from adaptconv.tuner.bench import Bench, Discarded
-from adaptconv.tuner.contest import by_hand, contenders
+from adaptconv.tuner.entrants import by_hand, contenders
 
 _HOPELESS = 50.0  # times the tuned plan: predicted there, a candidate may take minutes and is not tried
 _FAR = 6.0  # times the tuned plan's first calls: not timed
