@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor import compile_fx
 
 import adaptconv
 from adaptconv import trilinear
@@ -314,6 +315,57 @@ def test_a_rewritten_graph_that_does_not_compile_is_compiled_as_it_was(monkeypat
     (report,) = log_of(fast).sites
     assert not report.rewritten
     assert "did not compile" in report.reason
+
+
+def test_a_backward_that_does_not_compile_costs_a_warning_and_not_the_step(monkeypatch):
+    """Torch compiles it when it is first called, which is too late to go back to the graph as it was."""
+    real, calls = compile_fx.compile_fx_backward, []
+
+    def broken_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("no such luck")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_backward", broken_once)
+    conv, x = nn.Conv2d(4, 4, 3, dilation=2), torch.randn(1, 4, 8, 8, requires_grad=True)
+    fast = adaptconv.optimize(conv)
+    with adaptconv.pinned("gather"), pytest.warns(RuntimeWarning, match="did not compile: .*no such luck"):
+        y = fast(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(conv(x).sum(), x))
+    assert len(calls) == 2
+    (report,) = log_of(fast).sites
+    assert not report.rewritten
+
+
+@pytest.mark.parametrize(
+    "pad", [lambda x: F.pad(x, (1, 1, 2, 2)), lambda x: F.pad(x, (0, 0, 0, 0)), lambda x: F.pad(x, (3, 3))]
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_zeros_before_torchs_own_convolution_become_its_padding_and_it_stays_torchs(pad, dynamic):
+    """An op of ours would part its backward, and Inductor could not pack its weights nor fold batch norm into it."""
+    targets, reports = [], []
+
+    def backend(gm, example_inputs):
+        reports.extend(rewriting.rewrite(gm))
+        targets.extend(node.target for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, dilation=2, groups=2)
+
+    def net(x):
+        return conv(pad(x)).relu()
+
+    fast = torch.compile(net, backend=backend, dynamic=dynamic, fullgraph=True)
+    with adaptconv.pinned("native"):
+        for size in (12, 17) if dynamic else (12,):
+            x = torch.randn(2, 4, size, 15, requires_grad=True)
+            y = fast(x)
+            torch.testing.assert_close(y, net(x), rtol=0, atol=1e-6)
+            torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(net(x).sum(), x))
+    assert [target for target in targets if "conv" in str(target) or "pad" in str(target)] == [torch.conv2d]
+    (report,) = reports
+    assert report.rewritten and not report.dynamic
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -14,6 +14,18 @@ from adaptconv.compile.probing import Made
 from adaptconv.compile.sites import Site, common_window
 
 
+def torchs_own(graph: fx.Graph, site: Site) -> fx.Node:
+    """Insert torch's convolution with the zeros before it as its padding; the node whose value is the site's."""
+    (conv,) = site.members
+    grid = conv.taps.single_grid()
+    assert grid is not None, "a convolution of torch's is one grid"
+    padding = [before for before, _ in conv.padding]
+    args = (conv.x, conv.weight, conv.bias, list(conv.stride), padding, list(grid.dilation), conv.groups)
+    node = graph.call_function(conv.node.target, args)  # type: ignore[arg-type]
+    node.meta = dict(site.result.meta)
+    return node
+
+
 def built(graph: fx.Graph, site: Site, plan: str) -> fx.Node:
     """Insert what computes a site through the logical op; the node whose value is the site's."""
     assert site.taps is not None

@@ -84,11 +84,13 @@ class AdaptConvBackend:
         if missing:
             warnings.warn(f"adaptconv: {missing}; the rewritten graph runs uncompiled", RuntimeWarning, stacklevel=2)
             return gm.forward
-        try:
+        if not any(report.rewritten for report in reports):
             return _compiled(gm, example_inputs, options)
-        except Exception as error:
-            if not any(report.rewritten for report in reports):
-                raise  # torch's own, about the user's own graph
+        try:
+            # The backward too, now: compiled at its first call, it would fail where nothing can be done about it.
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                return _compiled(gm, example_inputs, options)
+        except Exception as error:  # noqa: BLE001 - torch's of whatever kind: the user's own graph may do
             failure = f"the rewritten graph did not compile: {type(error).__name__}: {error}"
             warnings.warn(f"adaptconv: {failure}; it is compiled as it was", RuntimeWarning, stacklevel=2)
             compiled = _compiled(as_given, example_inputs, options)

@@ -99,6 +99,8 @@ def _verdict(site: Site) -> SiteReport:
     written = _written_well(site, plans)
     if written:
         return report(site, False, written, plans)
+    if pads_itself(site, plans):
+        return report(site, True, "", plans)
     if _is_prepacked(site, plans):
         return report(site, False, "frozen: Inductor lays the weights out beforehand, which no eager plan can", plans)
     ours = len(site.members) == 1 and site.members[0].kind == "op"  # an op already: there is no graph to stay in
@@ -121,7 +123,7 @@ def _written_well(site: Site, plans: Plans) -> str:
         return "gathering columns is the plan, which is what the graph does" if backends == {"gather"} else ""
     if site.as_written is not None:
         return _constructed_well(site, plans, backends)
-    if site.folded:  # torch's own padding spares a copy; uneven, it pads first itself, as the graph does
+    if site.folded:  # torch's own padding may spare a copy; uneven, it pads first itself, as the graph does
         every_default = all(p.choice == backend_named("native").default(p.problem) for p in needed)
         return "native is the plan" if every_default and not plans.plain else ""
     return "native is the plan" if plans.plain else ""
@@ -196,6 +198,20 @@ def _is_prepacked(site: Site, plans: Plans) -> bool:
     )
 
 
+def pads_itself(site: Site, plans: Plans) -> bool:
+    """Whether torch's own convolution, told to pad, is the plan: it takes the site's place, and Inductor's care of it.
+
+    An op of ours would part the backward, which makes both gradients in one call, for nothing but the padding.
+    """
+    return (
+        plans.plain
+        and site.folded
+        and site.as_written is None
+        and [(member.kind, member.made) for member in site.members] == [("conv", None)]
+        and all(before == after for before, after in site.members[0].padding)
+    )
+
+
 def _pays_for_op(plans: Plans) -> bool:
     """Whether the measured gains outweigh leaving the graph; without measurements, assume so."""
     needed = plans_needed(plans)
@@ -236,6 +252,7 @@ def _sum_pays(plans: Plans) -> bool:
 def report(site: Site, rewritten: bool, reason: str, plans: Plans | None) -> SiteReport:
     """A site with its verdict and the plans it rests on."""
     return SiteReport(
-        site.where, site.source, site.kind, rewritten, reason, site.problem, plans, site.dynamic and rewritten,
+        site.where, site.source, site.kind, rewritten, reason, site.problem, plans,
+        site.dynamic and rewritten and plans is not None and not pads_itself(site, plans),
         site.taps, site.made, site.note,
     )  # fmt: skip

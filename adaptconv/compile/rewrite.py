@@ -12,8 +12,8 @@ from torch import fx
 from adaptconv import ops
 from adaptconv.backends import Config
 from adaptconv.compile.agreement import agreed
-from adaptconv.compile.building import built
-from adaptconv.compile.judging import SiteReport, is_opaque, judge, report, settle
+from adaptconv.compile.building import built, torchs_own
+from adaptconv.compile.judging import SiteReport, is_opaque, judge, pads_itself, report, settle
 from adaptconv.compile.nodes import replaced
 from adaptconv.compile.sites import Site, find_sites
 from adaptconv.trilinear import Plans
@@ -90,7 +90,7 @@ def _one(gm: fx.GraphModule, site: Site) -> SiteReport:
     if verdict.plans is None:
         return verdict
     if verdict.rewritten:
-        _replace(gm, site, ops.auto_plan() if site.dynamic else graph_text(site, verdict.plans))
+        _replace(gm, site, verdict.plans)
     elif len(site.members) == 1:
         _settle_op(site, verdict.plans)
     return verdict
@@ -103,9 +103,13 @@ def _settle_op(site: Site, plans: Plans) -> None:
         conv.node.args = (*conv.node.args[:7], graph_text(site, plans))
 
 
-def _replace(gm: fx.GraphModule, site: Site, plan: str) -> None:
+def _replace(gm: fx.GraphModule, site: Site, plans: Plans) -> None:
     with gm.graph.inserting_before(site.result):
-        replaced(site.result, built(gm.graph, site, plan))
+        if pads_itself(site, plans):
+            node = torchs_own(gm.graph, site)
+        else:
+            node = built(gm.graph, site, ops.auto_plan() if site.dynamic else graph_text(site, plans))
+        replaced(site.result, node)
     _erase(gm.graph, site)
 
 
