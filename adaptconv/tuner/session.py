@@ -166,11 +166,11 @@ class _Session:
             storage = open_storage(url)
             for place, problem in enumerate(todo):
                 left = deadline - monotonic()
-                if left <= 0 or (place and left < LEAST_S / 2):
+                if place and left < LEAST_S / 2:  # the first is tuned even if what came before it took all the time
                     self.rows[problem] = TuneRow(problem, None, f"{NOT_TUNED}the time budget ran out")
                     continue
                 bar.set_description_str(_short(str(problem)))
-                share = PROBLEM_S if budget_s is None else min(left, max(LEAST_S, left / (len(todo) - place)))
+                share = PROBLEM_S if budget_s is None else max(0.0, min(left, max(LEAST_S, left / (len(todo) - place))))
                 row = self.rows[problem] = self._tuned(problem, share, trials, storage, seed)
                 best = max(best, row.gain or 1.0)
                 bar.set_postfix_str(f"best gain {best:.3g}x", refresh=False)
