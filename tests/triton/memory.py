@@ -47,6 +47,8 @@ class _Launch:
             if others.any():
                 fault = f"{kind} of {int(others.sum())} elements that another program of the launch wrote"
             if kind == "write":
+                if np.unique(at).size < at.size:
+                    fault = f"write of {at.size - np.unique(at).size} elements twice at once"
                 for byte in range(width):
                     owners[at + byte] = self.program
         if left.any():

@@ -269,3 +269,18 @@ def test_blocks_skip_what_lies_outside() -> None:
 
 def test_it_is_registered() -> None:
     assert isinstance(backend_named("banded"), Banded)
+
+
+@RUNS
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=str)
+@pytest.mark.parametrize("spatial", [(7, 14), (14, 24), (9, 13)], ids=str)
+def test_every_tile_goes_with_every_axis(spatial: tuple[int, int], direction: Direction) -> None:
+    """On a map that is not square, whole rows of one axis are no rows of the other."""
+    problem = depthwise("map", "13x13", spatial, pad=6).problem(direction, torch.float16)
+    large = replace(problem, batch=64, c_in=512, c_out=512, groups=512)
+    tiles, axes = (knob.values for knob in BANDED.space(large).knobs[:2])
+    assert set(axes) == {"last", "before"}
+    assert len(tiles) > 3
+    for tile, axis in itertools.product(tiles, axes):
+        config = Config(BANDED.space(problem).default, tile=tile, axis=axis)
+        assert error_of(BANDED, problem, config) <= bound(problem), config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,3 +221,18 @@ def test_the_interpreter_rounds_bfloat16_to_nearest_even() -> None:
     c = torch.empty(32, 32, dtype=torch.bfloat16)
     product[(1,)](a, b, c, 32)
     assert torch.equal(c, (a.double() @ b.double()).bfloat16())
+
+
+@RUNS
+@pytest.mark.parametrize("name", OF)
+def test_a_bias_may_have_any_stride(name: str) -> None:
+    problem = replace(OF[name].problem(Direction.FORWARD, torch.float16), bias=True)
+    a, b, bias = operands(problem)
+    assert bias is not None
+    backend = backend_named(name)
+    run = partial(backend.run, problem, backend.space(problem).default, a, b)
+    apart = torch.stack((bias, bias + 1), dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    assert torch.equal(run(apart), run(bias))
+    one = bias[:1].expand(problem.c_out)
+    assert torch.equal(run(one), run(one.contiguous()))

@@ -72,14 +72,16 @@ def _taps(choice: str, direction: str, a: Tensor, b: Tensor, bias: Tensor | None
     problem = _problem_of(direction, a, b, bias, *geometry)
     chosen = _chosen(choice)
     a, b = a.detach(), b.detach()
-    bias = None if bias is None else bias.detach()
+    bias = None if bias is None else bias.detach().contiguous()  # kernels read it channel after channel
     if runtime.failure_of(choice, problem):  # said when it happened
         return _DENSE.run(problem, _DENSE.space(problem).default, a, b, bias)
     try:
         return compute_of(chosen.backend)(problem, chosen.config, a, b, bias)
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # noqa: BLE001 - compiler, driver, shared memory, registers
+    except Exception as failure:
+        if a.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise  # of a broken capture nothing can be saved, and it says nothing about the kernel
         runtime.remember_failure(choice, problem, failure)
         return _DENSE.run(problem, _DENSE.space(problem).default, a, b, bias)
 

@@ -93,6 +93,7 @@ def _space(problem: Problem) -> Space:
         (costs.predicted_us(problem, config), str(config["tile"]), axis, config)
         for axis in axes
         for config in _candidates(problem, axis)
+        if _serves(problem, axes, config)
     )
     if not ranked:
         return Space()
@@ -145,6 +146,18 @@ def _candidates(problem: Problem, axis: str) -> tuple[Config, ...]:
             parts = 1 if win is None else costs.splits(problem, win, base)
             found.append(Config(base, splits=parts))
     return tuple(found)
+
+
+def _serves(problem: Problem, axes: tuple[str, ...], config: Config) -> bool:
+    """Whether a tile is one on every axis of the band, as tile and axis are chosen apart: of a width that blocks may
+    have, or whole rows.
+    """
+    if problem.direction is Direction.GRAD_WEIGHT:
+        return True
+    here = forward_of(problem)
+    wins = [window(here, axis == "before") for axis in axes] if here is not None else []
+    wide = int(str(config["tile"]).split("x")[-1])
+    return wide in _WIDTHS or all(win is None or win.out[2] == wide for win in wins)
 
 
 def _limits(problem: Problem) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def within(place, extent):
     return place.to(tl.uint32, bitcast=True) < extent.to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_plane", "height"))
 def lay_rows(x, out, stride_plane, stride_y, stride_x, height, width, pitch, BY: tl.constexpr, BX: tl.constexpr):
     """Rows zero-padded to a pitch, and axes exchanged where the strides say so: ``out [planes, height, pitch]``."""
     across = tl.cdiv(pitch, BX)
@@ -84,7 +84,7 @@ def multiply(
 
     ``x [batch, channels, depth, height, width_parts * PART]``, read in parts of a unit where its rows are no whole
     units; ``table`` as ``lay_bands`` writes it; ``y [batch, channels, out_depth, out_height, out_width]``, rows of
-    row_units * Y_UNIT. Blocks are BN // BW x BW; or, if FULL, as wide as the output, whose rows then follow each other
+    row_units * Y_UNIT. Blocks are high x BW; or, if FULL, as wide as the output, whose rows then follow each other
     without a gap, in the columns of the product as in memory. K runs over units in bounds for some block of the tile,
     row by row; a step takes BK // UNIT of them, from as many rows as they span: no row is filled to a power of two.
     """
@@ -166,7 +166,7 @@ def multiply(
     if HAS_BIAS:
         acc += tl.load(bias + c).to(tl.float32)
     row = row_units * Y_UNIT
-    oy, ox = bh * (BN // BW), bw * BW
+    oy, ox = bh * high, bw * BW
     if FULL:
         y_plane = (plane_units * Y_UNIT).to(tl.int64)
         y_at = bh * (block_units * Y_UNIT)
@@ -177,6 +177,7 @@ def multiply(
         y_at = oy * row + ox
         y_column = i * row + w
         keep = (oy[:, None] + i[None, :] < out_height) & (ox[:, None] + w[None, :] < out_width)
+        keep &= (i < high)[None, :]
     y_row = y + ((n * channels + c) * out_depth + oz) * y_plane + y_at
     tl.store(y_row[:, None] + y_column[None, :], acc.to(y.dtype.element_ty), mask=keep & real[:, None])
 

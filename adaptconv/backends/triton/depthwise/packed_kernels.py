@@ -118,6 +118,9 @@ def pack(
     if LONG:
         n = n.to(tl.int64)
         c = c.to(tl.int64)
+        iz = iz.to(tl.int64)
+        iy = iy.to(tl.int64)
+        ix = ix.to(tl.int64)
     start = (n * xsn + iz * xsz + iy * xsy) * V
     to = c * rows + row
     if LAST:
@@ -154,6 +157,9 @@ def pack_images(
     if LONG:
         n = n.to(tl.int64)
         c = c.to(tl.int64)
+        iz = iz.to(tl.int64)
+        iy = iy.to(tl.int64)
+        ix = ix.to(tl.int64)
     at = (c * xsc + iz * xsz + iy * xsy) + ((ix * xsx)[:, None] + (n * xsn)[None, :])
     v = tl.load(x + at, mask=near[:, None] & (n < N)[None, :], other=0.0)
     to = xp + (((c * rows + row) * Wp + f)[:, None] * 8 + tl.arange(0, 8)[None, :])

@@ -71,7 +71,7 @@ def _packed(problem: Problem, w: Tensor, width: int, deep: int) -> Tensor:
     _, _, columns, summed = packed.shape
     if (columns, summed) != (width, deep):
         packed = F.pad(packed, (0, deep - summed, 0, width - columns))
-    return packed.reshape(taps, groups * width, deep).contiguous()
+    return _aligned(packed.reshape(taps, groups * width, deep))
 
 
 def _product(problem: Problem, config: Config, a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
