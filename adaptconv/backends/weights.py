@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptconv.backends.kept import kept
 from adaptconv.kernel import spreading_values
 from adaptconv.taps import TapPattern
 
@@ -69,13 +69,13 @@ def real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.d
     return _real_constant(values, dtype, device)
 
 
-@lru_cache(maxsize=1024)
+@kept(1024)
 def _real_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=1024)
+@kept(1024)
 def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.long, device=device)

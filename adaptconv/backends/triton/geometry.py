@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from adaptconv.backends.kept import kept
 from adaptconv.problem import Direction, Problem
 
 Triple = tuple[int, int, int]
@@ -58,12 +59,9 @@ def reverse(problem: Problem) -> Problem | None:
     return problem.adjoint() if problem.direction is Direction.GRAD_INPUT else None
 
 
-@lru_cache(maxsize=1024)
+@kept(4096)
 def on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Rows of integers as an int32 tensor ``[rows, columns]``, made once: a captured graph must not copy from the host.
-
-    Shared by all callers; never written to.
-    """
+    """Rows of integers as an int32 tensor ``[rows, columns]``, made once: no captured graph may copy from the host."""
     return torch.tensor(rows, dtype=torch.int32).to(device)
 
 

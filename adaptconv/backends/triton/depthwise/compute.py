@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from adaptconv.backends.base import Config
+from adaptconv.backends.kept import kept
 from adaptconv.backends.triton.depthwise import kernels, packed_kernels
 from adaptconv.backends.triton.depthwise.plan import SECTIONS, STRIP, Packing, Pass, images, packing, passes
 from adaptconv.backends.triton.depthwise.shapes import direct_shape, is_packed, packed_shape
@@ -118,12 +118,9 @@ def _packed(problem: Problem, config: Config, here: Pass, a: Tensor, w: Tensor, 
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
+@kept(1024)
 def _places(here: Pass, rows: Packing, batch: int, strides: tuple[int, ...], device: torch.device) -> Tensor:
-    """Of every strip of a channel's results: the packed strip it starts at; its address in y * 16 + how many exist.
-
-    Kept between calls, like every table: a captured graph replays kernels alone.
-    """
+    """Of every strip of a channel's results: the packed strip it starts at; its address in y * 16 + how many exist."""
 
     def along(count: int, axis: int) -> Tensor:
         shape = [1] * 5
