@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import Any
 
 import torch
 
 Call = Callable[[], object]
+Sampler = Callable[[Call, int], float]
 
 _SAMPLE_US = 200.0  # shorter samples drown in clock granularity and in the cost of reading the clock
 _MAX_INNER = 1 << 16
-_HELD = 32  # calls in one captured graph
+_HELD = 32  # calls in one captured graph at most
+_GRAPH_US = 2000.0  # of eager calls in one captured graph
+_AHEAD_CYCLES = 200_000  # of the device, about 0.1 ms: while it waits, the host gets ahead of it
 _COPY_BYTES = {"cpu": 128 << 20}  # past any last-level cache we know of; the default below suits accelerators
 _COPY_BYTES_DEFAULT = 1 << 30
-_GEMM = 1024
+_GEMM = {"cpu": 1024}  # rows of a square product that neither its launch nor its edges decide
+_GEMM_DEFAULT = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +107,17 @@ def interleave(
         for call in candidates.values():
             for _ in range(warmup):
                 call()
-        runs: dict[str, tuple[Call, int, int]] = {}
-        for name, call in candidates.items():
-            inner = _repeats(call, sample)
-            replayed = graphs and device.type == "cuda"
-            runs[name] = _replayed(call, inner, device) if replayed else (call, inner, inner)
+        replayed = graphs and device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if replayed else None
+        runs = {name: _run_of(call, sample, device, pool) for name, call in candidates.items()}
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
         for done in range(max_rounds):
             if done >= min_rounds and perf_counter_ns() >= deadline_ns:
                 break
             for name in order if done % 2 == 0 else reversed(order):
-                call, times, calls = runs[name]
-                samples[name].append(sample(call, times) / calls)
+                run = runs[name]
+                samples[name].append(run.sample(run.call, run.times) / run.calls)
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
@@ -127,64 +131,118 @@ def machine_limits(device: torch.device, budget_s: float = 1.0) -> dict[str, flo
     Returns:
         ``copy_gb_s``: 10^9 bytes a second through memory in a large copy, bytes read and bytes
         written both counted; ``gemm_gflop_s``: 10^9 floating-point operations a second in a float32
-        product of two 1024x1024 matrices, under the precision flags torch has now. Both come from
+        product of two square matrices, under the precision flags torch has now. Both come from
         the fastest sample: they are limits, not averages.
     """
     count = _COPY_BYTES.get(device.type, _COPY_BYTES_DEFAULT) // 4
     source = torch.ones(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    a = torch.rand(_GEMM, _GEMM, dtype=torch.float32, device=device)
-    b, product = torch.rand_like(a), torch.empty_like(a)
     # One after the other: a copy between two products would time the product with cold caches.
-    copy = interleave({"copy": lambda: target.copy_(source)}, budget_s=budget_s / 2, device=device)["copy"]
-    with torch.no_grad():
-        gemm = interleave({"gemm": lambda: torch.mm(a, b, out=product)}, budget_s=budget_s / 2, device=device)["gemm"]
+    copy = interleave(
+        {"copy": lambda: target.copy_(source)}, budget_s=budget_s / 2, device=device, graphs=True
+    )["copy"]  # fmt: skip
     return {
         "copy_gb_s": 2 * 4 * count / (copy.min_us * 1e3),
-        "gemm_gflop_s": 2 * _GEMM**3 / (gemm.min_us * 1e3),
+        "gemm_gflop_s": product_gflop_s(device, torch.float32, budget_s / 2),
     }
 
 
-def capture(call: Call, device: torch.device) -> Call | None:
+def product_gflop_s(device: torch.device, dtype: torch.dtype, budget_s: float = 0.5) -> float:
+    """10^9 floating-point operations a second in a product of two square matrices of a dtype, at the fastest.
+
+    1024 rows on a CPU; 8192 elsewhere, where a smaller product takes less time than its launch.
+    """
+    rows = _GEMM.get(device.type, _GEMM_DEFAULT)
+    a = torch.rand(rows, rows, device=device).to(dtype)
+    b = torch.rand(rows, rows, device=device).to(dtype)
+    product = torch.empty_like(a)
+    with torch.no_grad():
+        call = {"gemm": lambda: torch.mm(a, b, out=product)}
+        timing = interleave(call, budget_s=budget_s, device=device, graphs=True)["gemm"]
+    return 2 * rows**3 / (timing.min_us * 1e3)
+
+
+_unended: list[torch.cuda.CUDAGraph] = []  # captures that failed: the allocator may still point into them
+
+
+def capture(call: Call, device: torch.device, pool: Any = None) -> Call | None:
     """What replays a call from a CUDA graph; None where it cannot be captured.
 
     Args:
         call: has run before on these operands, so that what is made once (compiled kernels, tables of taps, cuDNN's
             choice of algorithm) is made.
         device: a CUDA device.
+        pool: of ``torch.cuda.graph_pool_handle()``: memory that the graph may share with others
+            which are never replayed at the same time.
+
+    Raises:
+        Exception: whatever the call raises that is no RuntimeError.
     """
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # the allocator's and the libraries' work space for a stream of its own
-                call()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                call()
-    except RuntimeError:  # it synchronises, or asks for what a capture does not allow
-        torch.cuda.synchronize(device)
-        return None
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # Not torch.cuda.graph: where a capture fails it leaves its stream current, and the allocator in the capture.
+        with torch.cuda.stream(side):
+            try:
+                call()  # the libraries' work space for a stream of its own
+                torch.cuda.synchronize()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    call()
+                finally:
+                    graph.capture_end()
+            except RuntimeError:  # it synchronises, or asks for what a capture does not allow
+                _unended.append(graph)
+                with contextlib.suppress(Exception):  # where the capture ended after all there is nothing to end
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch.cuda.synchronize(device)
+                return None
+        torch.cuda.current_stream().wait_stream(side)
     return graph.replay
 
 
-def _replayed(call: Call, inner: int, device: torch.device) -> tuple[Call, int, int]:
-    """``inner`` calls or more as replays of a graph: what to call, how often, and how many calls that is."""
-    held = min(inner, _HELD)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """How a candidate is sampled.
+
+    Attributes:
+        call: what is called.
+        times: how often for a sample.
+        calls: of the candidate in a sample.
+        sample: what measures it.
+    """
+
+    call: Call
+    times: int
+    calls: int
+    sample: Sampler
+
+
+def _run_of(call: Call, sample: Sampler, device: torch.device, pool: Any) -> _Run:
+    """A candidate as it is, or with a pool as replays of a graph where it can be captured.
+
+    How often is settled by the time of what is sampled: of a short call the host's time says nothing about the graph's.
+    """
+    if pool is None:
+        times = _repeats(call, sample)
+        return _Run(call, times, times, sample)
+    held = min(_HELD, max(1, math.ceil(_GRAPH_US / max(sample(call, 1), 1.0))))
 
     def several() -> None:
         for _ in range(held):
             call()
 
-    replay = capture(several, device)
+    replay = capture(several, device, pool)
     if replay is None:
-        return call, inner, inner
-    times = math.ceil(inner / held)
-    return replay, times, times * held
+        return _run_of(call, sample, device, None)
 
+    def replayed(replay: Call, times: int) -> float:
+        return _event_sample(replay, times, device, ahead=True)
 
-Sampler = Callable[[Call, int], float]
+    times = _repeats(replay, replayed)
+    return _Run(replay, times, times * held, replayed)
 
 
 def _sampler(device: torch.device) -> Sampler:
@@ -201,10 +259,13 @@ def _clock_sample(call: Call, inner: int) -> float:
     return (perf_counter_ns() - start) / 1e3
 
 
-def _event_sample(call: Call, inner: int, device: torch.device) -> float:
+def _event_sample(call: Call, inner: int, device: torch.device, *, ahead: bool = False) -> float:
+    """By events of the device; ``ahead`` has the device wait first, so that it need not wait for the first launch."""
     with torch.cuda.device(device):  # events are recorded on the current stream of the current device
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
+        if ahead:
+            torch.cuda._sleep(_AHEAD_CYCLES)
         start.record()
         for _ in range(inner):
             call()

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from adaptconv.measure import interleave, machine_limits
+from adaptconv.measure import machine_limits, product_gflop_s
 from adaptconv.problem import Direction, Problem
-
-_GEMM = 1024
 
 
 def rates(device: torch.device, dtype: str = "float32", budget_s: float = 1.0) -> dict[str, float]:
@@ -23,15 +21,11 @@ def rates(device: torch.device, dtype: str = "float32", budget_s: float = 1.0) -
 
     Returns:
         ``copy_gb_s``, 10^9 bytes a second, read and written both counted; ``gemm_gflop_s``, 10^9 floating-point
-        operations a second in a product of two 1024x1024 matrices of this dtype. Both of the fastest sample.
+        operations a second in a product of two square matrices of this dtype. Both of the fastest sample.
     """
     found = machine_limits(device, budget_s)
     if dtype != "float32":
-        a = torch.rand(_GEMM, _GEMM, device=device).to(getattr(torch, dtype))
-        b, out = a.clone(), torch.empty_like(a)
-        with torch.no_grad():
-            timing = interleave({"gemm": lambda: torch.mm(a, b, out=out)}, budget_s=budget_s / 2, device=device)
-        found["gemm_gflop_s"] = 2 * _GEMM**3 / (timing["gemm"].min_us * 1e3)
+        found["gemm_gflop_s"] = product_gflop_s(device, getattr(torch, dtype), budget_s / 2)
     return found
 
 
