@@ -35,6 +35,15 @@ _grad = torch.is_grad_enabled
 _threads = torch.get_num_threads
 _deterministic = torch.are_deterministic_algorithms_enabled
 _precision = torch.get_float32_matmul_precision
+_tf32 = torch._C._get_cudnn_allow_tf32
+
+
+def _float32_flags() -> tuple[object, object]:
+    """How precise float32 must be, as the flags stand; by operation where they differ from the older, common ones."""
+    try:
+        return _precision(), _tf32()
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +156,8 @@ def prepared(
         key = (
             axes, input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), type(input),
             type(weight), type(bias), stride, padding, dilation, groups, taps, grad and input.requires_grad,
-            grad and weight.requires_grad, current_pin(), records.epoch(), _threads(), _precision(), _deterministic(),
+            grad and weight.requires_grad, current_pin(), records.epoch(), _threads(), _float32_flags(),
+            _deterministic(),
         )  # fmt: skip
         call = _CALLS.get(key)
     except (TypeError, AttributeError):

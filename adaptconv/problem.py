@@ -245,7 +245,11 @@ def fp32_precision(dtype: torch.dtype, device: torch.device) -> str:
     if dtype is not torch.float32:
         return "ieee"
     allowed = []
-    matmul = torch.get_float32_matmul_precision()
+    try:
+        matmul = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the flags of one backend say something else than that of all
+        matmul = str(torch.backends.cuda.matmul.fp32_precision)
+        matmul = {"ieee": "highest", "tf32": "high"}.get(matmul, matmul)
     if matmul != "highest":
         allowed.append(f"matmul-{matmul}")
     if device.type == "cuda":

@@ -401,3 +401,15 @@ torch.testing.assert_close(adaptconv.conv2d(x, w, groups=4).float(), right, rtol
 def test_a_call_on_which_onednn_never_returns_is_answered() -> None:
     """bfloat16 depthwise in channels_last under a wide kernel: torch 2.13's own call loops forever here."""
     subprocess.run([sys.executable, "-c", _ENDLESS], check=True, timeout=120, cwd=ROOT)
+
+
+def test_flags_of_float32_that_differ_by_operation_are_no_error() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    x, w = torch.randn(1, 2, 9), torch.randn(3, 2, 3)
+    right = F.conv1d(x, w)
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        for _ in range(2):
+            torch.testing.assert_close(adaptconv.conv1d(x, w), right)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
