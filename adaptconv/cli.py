@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--train", action="store_true", help="tune both gradients as well")
     tune.add_argument("--budget", type=_seconds, metavar="60s", help="time for the whole run: 90, 60s, 5m, 1h")
     tune.add_argument("--trials", type=_positive, metavar="N", help="most configurations tried a backend")
+    workers = "processes that compile GPU kernels ahead of their turn: 0 for none (one less than there are processors)"
+    tune.add_argument("--workers", type=int, metavar="N", help=workers)
     tune.add_argument("--storage", metavar="URL", help="an Optuna RDB, e.g. sqlite:///study.db, to share or resume")
     tune.add_argument("--force", action="store_true", help="measure again what the database already knows")
     tune.add_argument("--database", type=Path, metavar="DIR", help="write here instead of the user's cache")
@@ -134,7 +136,7 @@ def _tune(a: argparse.Namespace) -> int:
     model, inputs = load_factory(a.factory)
     result = tune(
         model, inputs, train=a.train, budget_s=a.budget, trials=a.trials, storage=a.storage, force=a.force,
-        database=a.database,
+        database=a.database, workers=a.workers,
     )  # fmt: skip
     print(result)
     return 130 if result.interrupted else 0

@@ -10,12 +10,14 @@ import torch
 
 from adaptconv import records
 from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named
+from adaptconv.backends.triton.base import TritonBackend
 from adaptconv.problem import Problem
 
 if TYPE_CHECKING:
     from adaptconv.tuner.search import Search
 
 _SEEDS = 4
+_PROMISING = 8  # configurations of a GPU's kernels that are tried before any others: they are compiled by then
 
 
 def by_hand(problem: Problem) -> list[Choice]:
@@ -50,8 +52,17 @@ def seeds_for(problem: Problem) -> dict[str, list[Config]]:
     return seeds
 
 
+def promising(problem: Problem, backend: Backend) -> tuple[Config, ...]:
+    """What is tried first of a GPU's kernels: the default and the best predicted; nothing of other backends."""
+    if not isinstance(backend, TritonBackend) or problem.device.kind == "cpu":
+        return ()
+    space = backend.space(problem)
+    ranked = sorted(space, key=lambda config: backend.cost(problem, config))
+    return tuple(dict.fromkeys((space.default, *ranked)))[:_PROMISING]
+
+
 def searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> list[Search]:
-    """A search for each backend that takes part.
+    """A search for each backend that takes part. A GPU's kernels begin with those that promise most.
 
     Args:
         problem: what they compete on.
@@ -65,4 +76,7 @@ def searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> l
     scope = " ".join(f"{name} {version}" for name, version in versions.items())
     seeds = seeds_for(problem)
     make = partial(Search, problem, storage=storage, scope=scope, trials=trials, seed=seed)
-    return [make(backend, seeds=seeds.get(backend.name, ())) for backend in contenders(problem)]
+    return [
+        make(backend, seeds=(*seeds.get(backend.name, ()), *promising(problem, backend)))
+        for backend in contenders(problem)
+    ]

@@ -21,11 +21,13 @@ from adaptconv.errors import AdaptConvError
 from adaptconv.problem import Device, Problem, fp32_precision
 from adaptconv.records import DatabaseError, DatabaseWarning, Record
 from adaptconv.tuner import contest, entrants
+from adaptconv.tuner.compiling import compiling
 from adaptconv.tuner.result import KNOWN, NOT_TUNED, TUNED, TuneError, TuneResult, TuneRow, gain
 
 _LOG = logging.getLogger("adaptconv.tuner")
 
 PROBLEM_S = 3.0  # for one problem, where the session has no budget
+_COMPILE_S = 60.0  # at most for one problem's first kernels; what is not compiled by then is compiled when it is timed
 LEAST_S = 0.5  # for one problem: of less, noise picks the winner
 
 
@@ -33,7 +35,7 @@ def tune(
     model: Callable[..., Any] | None, example_inputs: Any = (), *, train: bool = False,
     budget_s: float | None = None, trials: int | None = None, storage: str | None = None,
     problems: Sequence[Problem] | None = None, progress: bool | None = None, force: bool = False,
-    database: str | os.PathLike[str] | None = None, seed: int = 0,
+    database: str | os.PathLike[str] | None = None, seed: int = 0, workers: int | None = None,
 ) -> TuneResult:  # fmt: skip
     """Find the fastest sound way to compute each of a model's convolutions here, and remember it.
 
@@ -55,6 +57,8 @@ def tune(
         force: tune again what has a current record already.
         database: directory to write to; it becomes this process's first layer (``records.use_database``).
         seed: of the operands and of Optuna's samplers.
+        workers: processes that compile a GPU's kernels ahead of their turn; None for one less than there are
+            processors, 0 for none. They end with the call.
 
     Returns:
         A row for every problem, which ``str`` sums up in a sentence.
@@ -64,11 +68,11 @@ def tune(
     """
     settings: dict[str, Any] = {
         "budget_s": budget_s, "trials": trials, "storage": storage, "progress": progress, "force": force,
-        "database": database, "seed": seed,
+        "database": database, "seed": seed, "workers": workers,
     }  # fmt: skip
     if problems is not None:
         return tune_problems(problems, **settings)
-    _check_settings(budget_s, trials)
+    _check_settings(budget_s, trials, workers)
     if not callable(model) or isinstance(model, type):
         raise TuneError(
             f"adaptconv.tune takes an nn.Module or a function, got {'the class ' if isinstance(model, type) else ''}"
@@ -96,7 +100,7 @@ def tune(
 def tune_problems(
     problems: Iterable[Problem], *, budget_s: float | None = None, trials: int | None = None,
     storage: str | None = None, progress: bool | None = None, force: bool = False,
-    database: str | os.PathLike[str] | None = None, seed: int = 0, note: str = "",
+    database: str | os.PathLike[str] | None = None, seed: int = 0, workers: int | None = None, note: str = "",
 ) -> TuneResult:  # fmt: skip
     """Tune problems however they were found; arguments and result as for ``tune``.
 
@@ -107,23 +111,24 @@ def tune_problems(
 
     Args:
         problems: what to tune; a problem of another device or of other torch flags is left, with a reason.
-        budget_s: as for ``tune``, like every setting down to ``seed``.
+        budget_s: as for ``tune``, like every setting down to ``workers``.
         trials: most configurations of each backend.
         storage: URL of Optuna's trials.
         progress: whether to show a bar.
         force: whether to tune what is known.
         database: where to write.
         seed: of operands and samplers.
+        workers: processes that compile ahead.
         note: a sentence for the result to carry.
     """
-    _check_settings(budget_s, trials)
+    _check_settings(budget_s, trials, workers)
     start = monotonic()
     if database is not None:
         records.use_database(database)
     unique = {problem.key(): problem for problem in problems}
     session = _Session(list(unique.values()), force=force)
     try:
-        session.run(budget_s, trials, storage, progress, seed)
+        session.run(budget_s, trials, storage, progress, seed, workers)
     except KeyboardInterrupt:
         session.interrupted = True
     finally:
@@ -149,8 +154,9 @@ class _Session:
                 self.rows[problem] = TuneRow(problem, known, KNOWN)
 
     def run(
-        self, budget_s: float | None, trials: int | None, url: str | None, progress: bool | None, seed: int
-    ) -> None:
+        self, budget_s: float | None, trials: int | None, url: str | None, progress: bool | None, seed: int,
+        workers: int | None,
+    ) -> None:  # fmt: skip
         """Tune what is left, the costliest first."""
         todo = sorted((p for p in self.problems if p not in self.rows), key=predicted_us, reverse=True)
         if not todo:
@@ -162,7 +168,8 @@ class _Session:
         deadline = math.inf if budget_s is None else monotonic() + budget_s
         show = sys.stderr.isatty() if progress is None else progress
         best = 1.0
-        with quiet(), tqdm(total=len(todo), desc="tuning", unit="problem", disable=not show, file=sys.stderr) as bar:
+        bar = tqdm(total=len(todo), desc="tuning", unit="problem", disable=not show, file=sys.stderr)
+        with quiet(), compiling(todo, workers) as compiled, bar:
             storage = open_storage(url)
             for place, problem in enumerate(todo):
                 left = deadline - monotonic()
@@ -170,6 +177,8 @@ class _Session:
                     self.rows[problem] = TuneRow(problem, None, f"{NOT_TUNED}the time budget ran out")
                     continue
                 bar.set_description_str(_short(str(problem)))
+                compiled(problem, min(left, _COMPILE_S))
+                left = deadline - monotonic()
                 share = PROBLEM_S if budget_s is None else max(0.0, min(left, max(LEAST_S, left / (len(todo) - place))))
                 row = self.rows[problem] = self._tuned(problem, share, trials, storage, seed)
                 best = max(best, row.gain or 1.0)
@@ -278,11 +287,13 @@ def predicted_us(problem: Problem) -> float:
     return min(backend_named(choice.backend).cost(problem, choice.config) for choice in choices)
 
 
-def _check_settings(budget_s: float | None, trials: int | None) -> None:
+def _check_settings(budget_s: float | None, trials: int | None, workers: int | None) -> None:
     if budget_s is not None and not 0 < budget_s < math.inf:
         raise TuneError(f"budget_s is a number of seconds above 0, or None; got {budget_s!r}")
     if trials is not None and (isinstance(trials, bool) or not isinstance(trials, int) or trials < 1):
         raise TuneError(f"trials is a whole number of at least 1, or None; got {trials!r}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
+        raise TuneError(f"workers is a whole number of processes, 0 for none, or None; got {workers!r}")
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -7,8 +7,6 @@ whether channels and strides are known to be multiples of 16 bytes, which intege
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from adaptconv.problem import Direction
 from benchmarks.kernels import read_nvidia
 from tests.cases import Case, case
 from tests.triton.harness import INTERPRETED, operands
+from tests.triton.stub import Seen, driver
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="needs the compiler and no driver")
@@ -49,64 +48,10 @@ CASES = {
 EVERY = [(name, each) for name, cases in CASES.items() for each in cases]
 
 
-@dataclass(slots=True)
-class Seen:
-    """What was compiled for the calls of a test."""
-
-    kernels: list[Any] = field(default_factory=list)
-
-
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    """A driver that names an sm_90, and launches that stop once the kernel is compiled."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-    from triton.runtime.jit import JITFunction
-
-    class Stub(DriverBase):  # type: ignore[misc]
-        def __init__(self) -> None:
-            pass
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return ty
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def set_current_device(self, device: int) -> None:
-            pass
-
-        def get_current_stream(self, device: int | None = None) -> int:
-            return 0
-
-        def get_benchmarker(self) -> Any:
-            raise NotImplementedError
-
-    seen = Seen()
-    launch = JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        seen.kernels.append(kernel)
-        return kernel
-
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(Stub())
-    monkeypatch.setattr(JITFunction, "run", run)
-    yield seen
-    driver._active = before
+    with driver(monkeypatch) as seen:
+        yield seen
 
 
 @pytest.mark.parametrize("direction", Direction, ids=str)

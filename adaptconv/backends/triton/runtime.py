@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from adaptconv import records
-from adaptconv.errors import KernelWarning
+from adaptconv.errors import KernelWarning, told
 from adaptconv.problem import Device, Problem
 
 _LOG = logging.getLogger("adaptconv.backends.triton")
@@ -39,7 +39,7 @@ def _interpreter_missing() -> str | None:
 def _gpu_missing(device: Device) -> str | None:
     if device.kind != "cuda":
         return "its kernels are for GPUs (TRITON_INTERPRET=1 in the environment runs them on a CPU, to check them)"
-    return _uninstalled() or _old_gpu()
+    return _uninstalled() or _old_gpu(device)
 
 
 @cache
@@ -64,10 +64,14 @@ def _old_numpy() -> str | None:
 
 
 @cache
-def _old_gpu() -> str | None:
+def _old_gpu(device: Device) -> str | None:
     if torch.version.hip is not None:
         return None
-    capability = torch.cuda.get_device_capability()
+    if not torch.cuda.is_available():
+        return "there is no GPU here"
+    here = range(torch.cuda.device_count())
+    index = next((i for i in here if Device.of(torch.device("cuda", i)) == device), torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability(index)
     if capability < _LEAST_CAPABILITY:
         return f"its kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return None
@@ -85,12 +89,12 @@ def failure_of(choice: str, problem: Problem) -> str | None:
 
 def remember_failure(choice: str, problem: Problem, failure: Exception) -> None:
     """A kernel did not compile or launch: say so once, and have the problem planned anew without this choice."""
-    text = (str(failure).strip().splitlines() or [""])[0]
-    _failed[choice, problem] = f"its kernel failed in this process: {type(failure).__name__}: {text}"
+    text = told(failure)
+    _failed[choice, problem] = f"its kernel failed in this process: {text}"
     records.advance()  # plans made before are forgotten
     _LOG.debug("the kernel of %s failed", choice, exc_info=failure)
     warnings.warn(
-        f"the Triton kernel of {choice} failed on {problem}: {type(failure).__name__}: {text}; this call is "
+        f"the Triton kernel of {choice} failed on {problem}: {text}; this call is "
         f"answered by dense-construct, later ones by the next best plan",
         KernelWarning,
         stacklevel=2,
