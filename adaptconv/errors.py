@@ -46,3 +46,10 @@ class UnknownKnob(AdaptConvError, ValueError):
 
 class KernelWarning(UserWarning):
     """A kernel did not compile or launch; the call was answered by another way."""
+
+
+def told(failure: BaseException) -> str:
+    """An exception in one line: its type, and the first and last line of its text; compilers end with the reason."""
+    lines = str(failure).strip().splitlines()
+    said = " ... ".join(dict.fromkeys(line.strip() for line in (*lines[:1], *lines[-1:])))
+    return f"{type(failure).__name__}: {said}"

@@ -16,6 +16,8 @@ from adaptconv.backends.weights import picked
 from adaptconv.problem import Direction, Problem
 
 _MIB = 1 << 20
+_WORKSPACES = (4, 32, 256)  # MiB
+_MOST_SLICES = 4000  # off the CPU: each is some microseconds of Python, whatever the GPU does meanwhile
 
 
 class Gather(Backend):
@@ -30,19 +32,22 @@ class Gather(Backend):
     summary: ClassVar[str] = "im2col of the taps that can touch the input, then a matrix product; bounded workspace"
 
     def rejects(self, problem: Problem) -> str | None:
-        """Declines spread taps, and when one row of one image exceeds the largest workspace."""
+        """Declines spread taps, when one row of one image exceeds the largest workspace, and endless slicing."""
         if problem.taps.footprint is not None:
             return "its taps carry a footprint"
         row = _image_bytes(problem) // max(problem.out_spatial[0], 1)
         if row > 256 * _MIB:
             return f"one output row needs {row // _MIB} MiB of gathered input, over the 256 MiB bound"
+        if problem.device.kind != "cpu" and not _bounds(problem):
+            return f"it would slice the input more than {_MOST_SLICES} times, in Python"
         return None
 
     def space(self, problem: Problem) -> Space:
         """The bound of the workspace."""
-        return Space(
-            (Knob("workspace_mib", (4, 32, 256), 32, "upper bound of the gathered columns kept at once, in MiB"),)
-        )
+        bounds = _bounds(problem) or _WORKSPACES
+        default = 32 if 32 in bounds else bounds[0]
+        text = "upper bound of the gathered columns kept at once, in MiB"
+        return Space((Knob("workspace_mib", bounds, default, text),))
 
     def cost(self, problem: Problem, config: Config) -> float:
         """A matrix product, plus writing and reading the columns."""
@@ -59,6 +64,18 @@ class Gather(Backend):
         if problem.direction is Direction.GRAD_INPUT:
             return _grad_input(problem, bound, a, b)
         return _grad_weight(problem, bound, a, b)
+
+
+def slices(problem: Problem, config: Config) -> int:
+    """How many views of the input a call takes: each costs Python's time."""
+    return len(_live(problem)) * sum(1 for _ in _chunks(problem, int(config["workspace_mib"]) * _MIB))
+
+
+def _bounds(problem: Problem) -> tuple[int, ...]:
+    """Workspaces in MiB; on a GPU those that leave few enough slices."""
+    if problem.device.kind == "cpu":
+        return _WORKSPACES
+    return tuple(mib for mib in _WORKSPACES if slices(problem, Config(workspace_mib=mib)) <= _MOST_SLICES)
 
 
 def _live(problem: Problem) -> tuple[int, ...]:

@@ -78,7 +78,8 @@ def grid_space(problem: Problem) -> Space:
     ]
     if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is not None:
         knobs.append(Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward with flipped taps"))
-    if problem.direction is Direction.GRAD_WEIGHT and problem.is_depthwise:
+    # A group an image and channel: on a GPU cuDNN may take seconds to try its algorithms on thousands of groups.
+    if problem.direction is Direction.GRAD_WEIGHT and problem.is_depthwise and problem.device.kind == "cpu":
         knobs.append(
             Knob("route", ("native", "grouped"), "native", "torch's backward, or one grouped forward of x by dy")
         )

@@ -5,6 +5,9 @@
 2. *Final*: the best of all, the best of each backend within reach, and the baseline, in more rounds.
 3. *Photo finish*: those within a hair of the winner, or of the baseline, once more before choosing.
 
+On a GPU, calls are timed as replays of captured graphs: the device's time. A winner must also not lose to the baseline
+when Python launches both.
+
 The baseline is what a user has without adaptconv: the plain torch call, and where the taps are not one grid
 and there is no such call, the better of the two ways to write it by hand (a dense kernel with zeros in it, or
 a sum of grids), each with default knobs. It is checked and timed like any other candidate, and a tie is its.
@@ -28,6 +31,7 @@ from adaptconv.measure import Timing
 from adaptconv.problem import Problem
 from adaptconv.records import Record, Rival
 from adaptconv.tuner.bench import Bench, Discarded
+from adaptconv.tuner.bounds import least_us
 from adaptconv.tuner.entrants import by_hand, searches
 from adaptconv.tuner.final import Candidate, best_of_backends, chosen, finalists, too_close
 
@@ -40,6 +44,7 @@ _BATCH = 4  # configurations a backend a screening run
 _AT_LEAST = 4  # of them are timed however late it is
 _ROUNDS = 4  # of a short screening, that which settles the number of repeats included
 _FAR = 15.0  # times the best predicted, or the baseline
+_BEYOND = 3.0  # times the baseline, what cannot be faster than that is not run at all on a GPU
 _LONG = 0.05  # of the time for a problem: what a single call may take without being looked at twice
 _HOPELESS = 6.0  # times the baseline: told as timed by a single call
 _HOPELESS_US = 5e3  # below this a call is cheap enough to be timed properly
@@ -173,11 +178,17 @@ class _Contest:
         """Keep out what would eat the time of all others: a call cannot be stopped once it runs.
 
         Raises:
-            Discarded: a long call is predicted, and something far faster too; or the same backend was
-                seen to be hopeless, and nothing much better is predicted of this configuration.
+            Discarded: on a GPU, even its arithmetic and launches alone take too long; elsewhere a long
+                call is predicted, and something far faster too; or the same backend was seen to be hopeless, and
+                nothing much better is predicted of this configuration.
         """
         predicted = self._predicted_us(choice)
-        if predicted is None or predicted < self.long_us:
+        if predicted is None:
+            least = least_us(self.problem, choice)
+            if least > _BEYOND * self.baseline_us:
+                raise Discarded(f"not run: {least:,.0f} us at the very least, native takes {self.baseline_us:,.0f}")
+            return
+        if predicted < self.long_us:
             return
         if predicted > _FAR * self.least_predicted_us:
             least = self.least_predicted_us
@@ -242,7 +253,21 @@ class _Contest:
         if near:
             last = self._timed([self.baseline, *near], min(1.0, 0.9 * (deadline - monotonic())), 9, 80)
         winner = chosen(last, self.baseline)
+        while winner != self.baseline and self._is_held_up(winner):
+            last = {choice: timing for choice, timing in last.items() if choice != winner}
+            winner = chosen(last, self.baseline)
         return self._record(winner, last, final)
+
+    def _is_held_up(self, choice: Choice) -> bool:
+        """Whether on a GPU a choice loses to the baseline when Python launches both, as it does outside of graphs.
+
+        Kernels of some microseconds wait for the host: then the one that is launched with less Python is faster.
+        """
+        if self.device.type == "cpu":
+            return False
+        calls = {"winner": self.bench.call(choice), "baseline": self.bench.call(self.baseline)}
+        timings = measure.interleave(calls, budget_s=0.1, device=self.device, max_rounds=20, warmup=0)
+        return timings["winner"].p20_us > timings["baseline"].p20_us
 
     def _record(self, winner: Choice, last: Mapping[Choice, Timing], final: Mapping[Choice, Timing]) -> Record:
         native_us = last[self.baseline].p20_us

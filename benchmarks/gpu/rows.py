@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from adaptconv.errors import told
 from adaptconv.problem import Direction
 from benchmarks.facts import now
 from benchmarks.gpu.clock import device_us
@@ -115,7 +116,7 @@ def measured(
         try:
             result = variant.first()
         except Exception as failure:  # noqa: BLE001 - a rival may fail in any way: it is then none
-            row.failed[variant.name] = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+            row.failed[variant.name] = told(failure)
             continue
         if variant.kind != "dcls":
             row.errors[variant.name] = truth.error(result)

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import adaptconv
+from adaptconv.errors import told
 from adaptconv.kernels import LearnableSpacing
 from adaptconv.measure import interleave
 from benchmarks.facts import now
@@ -126,7 +127,7 @@ def run(
                     adaptconv.tune(model, x, train=True, budget_s=max(1.0, _TUNING / 2 * (deadline - monotonic())))
             call()
         except Exception as failure:  # noqa: BLE001 - a variant that does not run is reported as that
-            failed[name] = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+            failed[name] = told(failure)
             continue
         calls[name] = call
     timings = interleave(
