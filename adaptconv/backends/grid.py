@@ -72,9 +72,10 @@ def grid_space(problem: Problem) -> Space:
     """Knobs of one grid through torch: layout, padding, and the route a gradient takes."""
     here = "channels_last" if problem.memory_format is not torch.contiguous_format else "contiguous"
     other = "contiguous" if here == "channels_last" else "channels_last"
+    pads = ("implicit", "explicit") if problem.device.kind == "cpu" else ("implicit",)  # cuDNN pads for nothing
     knobs = [
         Knob("layout", ("asis", other), "asis", "memory format torch convolves in; a 1-D problem goes as [N, C, 1, L]"),
-        Knob("pad", ("implicit", "explicit"), "implicit", "let torch pad, or F.pad first and convolve with padding 0"),
+        Knob("pad", pads, "implicit", "let torch pad, or F.pad first and convolve with padding 0"),
     ]
     if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is not None:
         knobs.append(Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward with flipped taps"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from time import monotonic
@@ -16,7 +16,9 @@ import adaptconv
 from adaptconv.errors import told
 from adaptconv.kernels import LearnableSpacing
 from adaptconv.measure import interleave
+from adaptconv.tuner.session import model_problems
 from benchmarks.facts import now
+from benchmarks.gpu.steps import begin
 from benchmarks.zoo.papers import ConvNeXt
 
 _WIDTHS, _DEPTHS = (96, 192, 384, 768), (3, 3, 9, 3)
@@ -34,7 +36,7 @@ class Step:
         batch, size: of the pictures.
         step_ms: 20th percentile of a forward and backward pass under autocast and an SGD step.
         images_s: pictures a second.
-        share: of the plain network's pictures a second; the better of its two layouts.
+        share: of the plain network's pictures a second; the better of its two.
         failed: why it did not run.
         measured_on: when.
     """
@@ -64,6 +66,29 @@ def _plain(channels: int) -> nn.Module:
     return nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
 
 
+class _Contiguous(nn.Module):
+    """A layer whose input is laid out image by image first: the network itself goes on in channels_last."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``y`` of ``x``."""
+        y: Tensor = self.layer(x.contiguous())
+        return y
+
+
+_WAYS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
+    "plain 7x7, channels_last": (_plain, "native"),
+    "plain 7x7, contiguous maps": (lambda channels: _Contiguous(_plain(channels)), "native"),
+    "dcls 17x17, adaptconv, channels_last": (_spacing, ""),
+    "dcls 17x17, adaptconv, contiguous maps": (lambda channels: _Contiguous(_spacing(channels)), ""),
+    "dcls 17x17, constructed, torch, channels_last": (_spacing, "native"),
+    "dcls 17x17, constructed, torch, contiguous maps": (lambda channels: _Contiguous(_spacing(channels)), "native"),
+}  # by name: the spatial layer, and the backend it is pinned to
+
+
 @contextmanager
 def _dispatched(backend: str) -> Iterator[None]:
     """As the database says, or all by one backend."""
@@ -75,13 +100,13 @@ def _dispatched(backend: str) -> Iterator[None]:
 
 
 def _step(
-    spatial: Callable[[int], nn.Module], layout: torch.memory_format, backend: str, device: torch.device
+    spatial: Callable[[int], nn.Module], backend: str, device: torch.device
 ) -> tuple[nn.Module, Tensor, Callable[[], object]]:  # fmt: skip
     torch.manual_seed(0)
     model = ConvNeXt(spatial, _WIDTHS, _DEPTHS).to(device).train()
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = _SIZE[device.type]
-    x = torch.randn(_BATCH[device.type], 3, size, size, device=device).contiguous(memory_format=layout)
+    x = torch.randn(_BATCH[device.type], 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def run() -> None:
@@ -96,56 +121,60 @@ def _step(
 
 
 def run(
-    device: torch.device, deadline: float, old: Sequence[dict[str, Any]], write: Callable[[list[dict[str, Any]]], None]
-) -> list[dict[str, Any]]:
+    device: torch.device, deadline: float, steps: list[dict[str, Any]], *, write: Callable[[], None],
+    skip: Mapping[tuple[str, ...], str], failed: Callable[..., None],
+) -> None:  # fmt: skip
     """Tune the network's own layers, then time all variants in turn.
 
     Args:
         device: where.
-        deadline: by ``time.monotonic``.
-        old: steps of an earlier run; with any, nothing is done.
+        deadline: by ``time.monotonic``; what is not begun by then is left out.
+        steps: of an earlier run; variants that ran are not repeated alone: all are timed together or none.
         write: called with the result.
+        skip: variants that ended a process, and how.
+        failed: called with a variant that raised.
     """
-    if old or monotonic() > deadline:
-        return list(old)
-    forms = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    ways = {
-        f"{name}, {layout}": (spatial, form, backend)
-        for name, spatial, backend in (
-            ("plain 7x7", _plain, "native"), ("dcls 17x17, constructed, torch", _spacing, "native"),
-            ("dcls 17x17, adaptconv", _spacing, ""),
-        )
-        for layout, form in forms.items()
-    }  # fmt: skip
+    if len(steps) == len(_WAYS) and not any(step["failed"] for step in steps):
+        return
+    steps.clear()
     calls: dict[str, Callable[[], object]] = {}
-    failed: dict[str, str] = {}
-    for name, (spatial, form, backend) in ways.items():
-        model, x, call = _step(spatial, form, backend, device)
-        try:
-            if not backend:
-                with torch.autocast(device.type, torch.bfloat16):
-                    adaptconv.tune(model, x, train=True, budget_s=max(1.0, _TUNING / 2 * (deadline - monotonic())))
-            call()
-        except Exception as failure:  # noqa: BLE001 - a variant that does not run is reported as that
-            failed[name] = told(failure)
+    reasons = {name: how for (name, *_), how in skip.items()}
+    for place, (name, (spatial, backend)) in enumerate(_WAYS.items()):
+        if name in reasons or monotonic() > deadline:
             continue
-        calls[name] = call
-    timings = interleave(
-        calls, budget_s=max(2.0, deadline - monotonic()), device=device, min_rounds=3, max_rounds=30, warmup=1
-    )
+        begin("train", name)
+        try:
+            model, x, call = _step(spatial, backend, device)
+            if not backend:
+                share = _TUNING * max(0.0, deadline - monotonic()) / (len(_WAYS) - place)
+                _tuned(model, x, share)
+            call()
+            calls[name] = call
+        except Exception as failure:  # noqa: BLE001 - a variant that does not run is reported as that
+            reasons[name] = told(failure)
+            failed("train", name)
+    begin("train", "all")
+    left = max(2.0, deadline - monotonic())
+    timings = interleave(calls, budget_s=left, device=device, min_rounds=3, max_rounds=30, warmup=1)
     batch, size = _BATCH[device.type], _SIZE[device.type]
     rate = {name: batch / timing.p20_us * 1e6 for name, timing in timings.items()}
     plain = max((r for name, r in rate.items() if name.startswith("plain")), default=float("nan"))
-    steps = [
-        asdict(
-            Step(name, batch, size, timings[name].p20_us / 1e3, rate[name], rate[name] / plain, measured_on=now())
-            if name in timings
-            else Step(name, batch, size, failed=failed.get(name, ""), measured_on=now())
-        )
-        for name in ways
-    ]
-    write(steps)
-    return steps
+    for name in _WAYS:
+        if name in timings:
+            ms = timings[name].p20_us / 1e3
+            steps.append(asdict(Step(name, batch, size, ms, rate[name], rate[name] / plain, measured_on=now())))
+        else:
+            reason = reasons.get(name, "no time was left")
+            steps.append(asdict(Step(name, batch, size, failed=reason, measured_on=now())))
+    write()
+
+
+def _tuned(model: nn.Module, x: Tensor, seconds: float) -> None:
+    """Tune the spatial layers: what remains is torch's in an eager step whatever a record says."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        found, _ = model_problems(model, (x,), {}, train=True)
+    spatial = [problem for problem in found if problem.is_depthwise]
+    adaptconv.tune(None, problems=spatial, budget_s=max(1.0, seconds), progress=False)
 
 
 def table(steps: Sequence[dict[str, Any]]) -> str:
