@@ -12,6 +12,8 @@ which passed the same check. Every candidate therefore runs on the full operands
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -213,10 +215,11 @@ class Bench:
         """
         if self.device.type == "cpu":
             return
-        bits = math.prod(_result_shape(self.problem))
-        for dtype in (self.problem.torch_dtype, torch.float32):
-            for count in {bits, self.a.numel(), self.b.numel()}:
-                torch.full((count,), math.nan, dtype=dtype, device=self.device)
+        counts = {math.prod(_result_shape(self.problem)), self.a.numel(), self.b.numel()}
+        held: list[Tensor] = []  # all at once, or they would be one block
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for count, dtype in itertools.product(counts, (self.problem.torch_dtype, torch.float32) * 2):
+                held.append(torch.full((count,), math.nan, dtype=dtype, device=self.device))
 
     def _worst_plane(self, result: Tensor) -> float:
         """The largest distance to native in one image and channel (one pair of channels of a weight), as a share of

@@ -108,6 +108,7 @@ def run(
         for name, problem in problems:
             if time.monotonic() > deadline:
                 return
+            begin("check", name, "compiling")
             compiled(problem, _COMPILE_S)
             try:
                 for check in of_problem(name, problem, backends, device, known, spread=spread):

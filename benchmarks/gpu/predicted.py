@@ -8,6 +8,7 @@ GPU is asked. A run of ``benchmarks.gpu`` on the card confirms or refutes the ta
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,14 +71,38 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return str(tabulate(lines, head, tablefmt="github", disable_numparse=True))
 
 
+def kernel_count(device: Device, layers: Sequence[Layer]) -> dict[str, int]:
+    """How many problems the layers are, how many Triton configurations those have, and how many kernels these need.
+
+    Asked of the launch code itself, for an sm_90; nothing is compiled. Triton compiles for no GPU in this process then.
+    """
+    from adaptconv.backends import Choice
+    from adaptconv.backends.triton.compiler_process import Target, kernels_of, use
+
+    use(Target("cuda", 90, 32))
+    problems, pairs = 0, []
+    for layer, direction in itertools.product(layers, DIRECTIONS.values()):
+        for layout in layouts_of(layer):
+            problem = replace(layer.problem(direction, layout), device=device)
+            problems += 1
+            for backend in BACKENDS:
+                if isinstance(backend, TritonBackend) and not backend.unsuited(problem):
+                    pairs += [(problem, Choice(backend.name, backend.version, c)) for c in backend.space(problem)]
+    return {"problems": problems, "configurations": len(pairs), "kernels": len(kernels_of(pairs))}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write the file."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.predicted", description=__doc__)
     parser.add_argument("--card", choices=list(CARDS), default="H200")
     parser.add_argument("--suite", choices=sorted(SUITES), default="gpu")
+    parser.add_argument("--count", action="store_true", help="count the kernels that all configurations need, instead")
     parser.add_argument("--out", type=Path, help="write JSON here")
     arguments = parser.parse_args(argv)
     device = Device("cuda", f"NVIDIA {arguments.card}", 0)
+    if arguments.count:
+        print(", ".join(f"{n:,} {what}" for what, n in kernel_count(device, SUITES[arguments.suite]).items()))
+        return 0
     found = rows(device, SUITES[arguments.suite])
     print(table(found))
     if arguments.out:

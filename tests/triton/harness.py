@@ -35,9 +35,17 @@ def operands(problem: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | 
 
 
 def error_of(backend: Backend, problem: Problem, config: Config, seed: int = 0) -> float:
-    """Relative L2 error of a backend's result against float64; its dtype, shape and format are checked."""
+    """Relative L2 error of a backend's result against float64; its dtype, shape and format are checked.
+
+    What runs asks torch's flags on a GPU, so they are set as the problem says.
+    """
     a, b, bias = operands(problem, seed)
-    result = backend.run(problem, config, a, b, bias)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = "conv-tf32" in problem.fp32_precision
+    try:
+        result = backend.run(problem, config, a, b, bias)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
     exact = reference(problem, a.cpu(), b.cpu(), None if bias is None else bias.cpu())
     assert result.dtype is problem.torch_dtype
     assert result.device.type == DEVICE.type
