@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from adaptconv.backends.triton import op
-from tests.triton.harness import INTERPRETED
+from tests.triton.harness import INTERPRETED, cudnn_flags
 from tests.triton.memory import Poisoned, watched
 
 
@@ -27,10 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def full_float32() -> Iterator[None]:
     """On a GPU torch allows tf32 by default; results here are held against float64."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with cudnn_flags(allow_tf32=False):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else
 RUNS = pytest.mark.skipif(
     not INTERPRETED and DEVICE.type == "cpu", reason="no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU"
 )
+
+
+cudnn_flags = partial(torch.backends.cudnn.flags, enabled=True)  # torch's own tests forbid to set flags otherwise
 
 
 def operands(problem: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -40,12 +45,8 @@ def error_of(backend: Backend, problem: Problem, config: Config, seed: int = 0) 
     What runs asks torch's flags on a GPU, so they are set as the problem says.
     """
     a, b, bias = operands(problem, seed)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = "conv-tf32" in problem.fp32_precision
-    try:
+    with cudnn_flags(allow_tf32="conv-tf32" in problem.fp32_precision):
         result = backend.run(problem, config, a, b, bias)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
     exact = reference(problem, a.cpu(), b.cpu(), None if bias is None else bias.cpu())
     assert result.dtype is problem.torch_dtype
     assert result.device.type == DEVICE.type
