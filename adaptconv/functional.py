@@ -38,12 +38,13 @@ _precision = torch.get_float32_matmul_precision
 _tf32 = torch._C._get_cudnn_allow_tf32
 
 
-def _float32_flags() -> tuple[object, object]:
+def _float32_flags() -> tuple[object, ...]:
     """How precise float32 must be, as the flags stand; by operation where they differ from the older, common ones."""
     try:
         return _precision(), _tf32()
     except RuntimeError:
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        flags: Any = torch.backends
+        return flags.cuda.matmul.fp32_precision, flags.mkldnn.matmul.fp32_precision, flags.cudnn.conv.fp32_precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,8 +108,9 @@ def interleave(
             for _ in range(warmup):
                 call()
         replayed = graphs and device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if replayed else None
-        runs = {name: _run_of(call, sample, device, pool) for name, call in candidates.items()}
+        if replayed:
+            give_back(device)
+        runs = {name: _run_of(call, sample, device, replayed) for name, call in candidates.items()}
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         order = list(candidates)
         for done in range(max_rounds):
@@ -162,26 +163,25 @@ def product_gflop_s(device: torch.device, dtype: torch.dtype, budget_s: float = 
     return 2 * rows**3 / (timing.min_us * 1e3)
 
 
-_unended: list[torch.cuda.CUDAGraph] = []  # captures that failed: the allocator may still point into them
+_sides: dict[int, torch.cuda.Stream] = {}  # by device; blocks of memory belong to a stream, so there is one for all
+_unended: list[torch.cuda.CUDAGraph] = []  # captures that did not end: the allocator may still point into them
 
 
-def capture(call: Call, device: torch.device, pool: Any = None) -> Call | None:
+def capture(call: Call, device: torch.device) -> Call | None:
     """What replays a call from a CUDA graph; None where it cannot be captured.
 
     Args:
         call: has run before on these operands, so that what is made once (compiled kernels, tables of taps, cuDNN's
-            choice of algorithm) is made.
+            choice of algorithm) is made. What it reads must live as long as the replays.
         device: a CUDA device.
-        pool: of ``torch.cuda.graph_pool_handle()``: memory that the graph may share with others
-            which are never replayed at the same time.
 
     Raises:
         Exception: whatever the call raises that is no RuntimeError.
     """
-    graph = torch.cuda.CUDAGraph()
-    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
+        index = torch.cuda.current_device()
+        side = _sides.setdefault(index, _sides.get(index) or torch.cuda.Stream())
         side.wait_stream(torch.cuda.current_stream())
         # Not torch.cuda.graph: where a capture fails it leaves its stream current, and the allocator in the capture.
         with torch.cuda.stream(side):
@@ -189,18 +189,49 @@ def capture(call: Call, device: torch.device, pool: Any = None) -> Call | None:
                 call()  # the libraries' work space for a stream of its own
                 torch.cuda.synchronize()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    call()
-                finally:
-                    graph.capture_end()
-            except RuntimeError:  # it synchronises, or asks for what a capture does not allow
-                _unended.append(graph)
-                with contextlib.suppress(Exception):  # where the capture ended after all there is nothing to end
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                torch.cuda.synchronize(device)
+            except RuntimeError:  # out of memory, say
                 return None
+            broken: Exception | None = None
+            try:
+                call()
+            except Exception as failure:  # noqa: BLE001 - the capture is ended first, whatever it was
+                broken = failure
+            try:
+                graph.capture_end()
+            except RuntimeError as failure:  # it synchronised, or asked for what a capture does not allow
+                broken = broken or failure
+                _mend(graph, pool)
+            else:
+                if broken is not None:
+                    graph.reset()
         torch.cuda.current_stream().wait_stream(side)
-    return graph.replay
+    if broken is None:
+        return graph.replay
+    if not isinstance(broken, RuntimeError):
+        raise broken
+    return None
+
+
+def _mend(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """After a capture that could not be ended: torch then still believes in it, in its allocators and generators.
+
+    The device's allocator is told; the rest is forgotten at the end of the next capture that succeeds.
+    """
+    _unended.append(graph)
+    with contextlib.suppress(Exception):  # where the capture ended after all there is nothing to end
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+        something, next_one = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+        next_one.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        something.add_(1)
+        next_one.capture_end()
+
+
+def give_back(device: torch.device) -> None:
+    """Before captures: return what the allocator keeps of earlier graphs, if that is much. No capture can do it."""
+    if 2 * torch.cuda.memory_reserved(device) > torch.cuda.get_device_properties(device).total_memory:
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +251,12 @@ class _Run:
     sample: Sampler
 
 
-def _run_of(call: Call, sample: Sampler, device: torch.device, pool: Any) -> _Run:
-    """A candidate as it is, or with a pool as replays of a graph where it can be captured.
+def _run_of(call: Call, sample: Sampler, device: torch.device, replayed: bool) -> _Run:
+    """A candidate as it is, or as replays of a graph where it can be captured.
 
     How often is settled by the time of what is sampled: of a short call the host's time says nothing about the graph's.
     """
-    if pool is None:
+    if not replayed:
         times = _repeats(call, sample)
         return _Run(call, times, times, sample)
     held = min(_HELD, max(1, math.ceil(_GRAPH_US / max(sample(call, 1), 1.0))))
@@ -234,15 +265,15 @@ def _run_of(call: Call, sample: Sampler, device: torch.device, pool: Any) -> _Ru
         for _ in range(held):
             call()
 
-    replay = capture(several, device, pool)
+    replay = capture(several, device)
     if replay is None:
-        return _run_of(call, sample, device, None)
+        return _run_of(call, sample, device, False)
 
-    def replayed(replay: Call, times: int) -> float:
+    def sampled(replay: Call, times: int) -> float:
         return _event_sample(replay, times, device, ahead=True)
 
-    times = _repeats(replay, replayed)
-    return _Run(replay, times, times * held, replayed)
+    times = _repeats(replay, sampled)
+    return _Run(replay, times, times * held, sampled)
 
 
 def _sampler(device: torch.device) -> Sampler:

@@ -248,8 +248,9 @@ def fp32_precision(dtype: torch.dtype, device: torch.device) -> str:
     try:
         matmul = torch.get_float32_matmul_precision()
     except RuntimeError:  # the flags of one backend say something else than that of all
-        matmul = str(torch.backends.cuda.matmul.fp32_precision)
-        matmul = {"ieee": "highest", "tf32": "high"}.get(matmul, matmul)
+        of_device = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+        matmul = str(of_device.matmul.fp32_precision)
+        matmul = {"ieee": "highest", "none": "highest", "tf32": "high"}.get(matmul, matmul)
     if matmul != "highest":
         allowed.append(f"matmul-{matmul}")
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ class Card:
         replays: of all graphs.
         waits: how often the device was made to wait.
         ended: pools whose allocation was ended by hand.
+        recording: pools in which a capture has not been ended.
+        captures: that were ended well.
         stream: the current one.
         now_us: the time.
     """
@@ -34,8 +37,16 @@ class Card:
         self.replays = 0
         self.waits = 0
         self.ended: list[Any] = []
+        self.recording: list[Any] = []
+        self.captures = 0
+        self.pools = 0
         self.stream: Any = "default"
         self.now_us = 0.0
+
+    def pool(self) -> tuple[int, int]:
+        """What stands for ``torch.cuda.graph_pool_handle``."""
+        self.pools += 1
+        return 0, self.pools
 
     def graph(self) -> Any:
         """What stands for ``torch.cuda.CUDAGraph``."""
@@ -44,16 +55,24 @@ class Card:
         class Graph:
             def __init__(self) -> None:
                 self.calls: list[Callable[[], object]] = []
+                self.broken = False
 
             def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
                 assert card.capturing is None and card.stream != "default"
                 assert capture_error_mode == "thread_local"
-                card.capturing = self
+                assert pool not in card.recording, "torch: already recording to this pool"
+                card.recording.append(pool)
+                card.capturing, self.pool = self, pool
 
             def capture_end(self) -> None:
                 card.capturing = None
-                if card.fails:
+                if self.broken:
                     raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                card.recording.remove(self.pool)
+                card.captures += 1
+
+            def reset(self) -> None:
+                self.calls.clear()
 
             def replay(self) -> None:
                 card.replays += 1
@@ -73,6 +92,7 @@ class Card:
             if self.capturing is None:
                 work()
             elif self.fails:
+                self.capturing.broken = True
                 raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
             else:
                 self.capturing.calls.append(work)
@@ -113,7 +133,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "CUDAGraph": made.graph(), "Stream": Stream, "Event": Event, "stream": stream,
         "device": lambda _: nullcontext(),
         "current_stream": Stream, "current_device": lambda: 0, "synchronize": lambda *_: None,
-        "graph_pool_handle": lambda: (0, 1), "is_current_stream_capturing": lambda: made.capturing is not None,
+        "graph_pool_handle": made.pool, "memory_reserved": lambda _: 0, "empty_cache": lambda: None,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=1 << 30),
+        "is_current_stream_capturing": lambda: made.capturing is not None,
     }  # fmt: skip
     for name, stub in stubs.items():
         assert hasattr(torch.cuda, name), f"torch {torch.__version__} has no torch.cuda.{name}"
@@ -122,6 +144,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(
         torch._C, "_cuda_endAllocateToPool", lambda device, pool: made.ended.append(pool), raising=False
     )
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device=None: zeros(*sizes))
+    monkeypatch.setattr(measure, "_sides", {})
+    monkeypatch.setattr(measure, "_unended", [])
     monkeypatch.setattr(measure, "perf_counter_ns", lambda: int(made.now_us * 1e3))
     monkeypatch.setattr(clock, "monotonic", lambda: made.now_us / 1e6)
     return made

@@ -32,11 +32,14 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(card: Card) -> None:
     assert measure.capture(call, CUDA) is None
     assert card.stream == "default"
     assert card.capturing is None
-    assert card.ended == [(0, 1)]
+    assert card.ended == card.recording == [(0, 1)]
+    assert card.captures == 1, "an empty one, after which torch has forgotten the other"
     timings = measure.interleave(
         {"one": call}, budget_s=0.01, device=CUDA, min_rounds=2, max_rounds=3, warmup=0, graphs=True
     )
     assert timings["one"].p20_us == 11.0, "it is timed as it is"
+    card.fails = False
+    assert measure.capture(call, CUDA) is not None
 
 
 def test_what_is_no_runtime_error_is_raised(card: Card) -> None:
@@ -48,6 +51,7 @@ def test_what_is_no_runtime_error_is_raised(card: Card) -> None:
         measure.capture(broken, CUDA)
     assert card.stream == "default"
     assert card.capturing is None
+    assert not card.recording
 
 
 def test_cold_and_warm_times_are_both_the_devices(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

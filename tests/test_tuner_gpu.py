@@ -66,6 +66,7 @@ def test_a_plane_that_is_wrong_is_seen_among_many(monkeypatch: pytest.MonkeyPatc
 
     stand = Bench(problem, torch.device("cpu"))
     stand.set_baseline(default("native", problem))
+    stand.device = torch.device("meta")
     stand.check(default("gather", problem))
     monkeypatch.setattr(Gather, "run", stale)
     with pytest.raises(Discarded, match="one plane") as caught:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from adaptconv.backends import Choice
+from adaptconv.backends import Choice, Config
 from adaptconv.backends.triton.base import TritonBackend
 from adaptconv.problem import Problem
 from adaptconv.tuner.entrants import contenders, promising
 
 if TYPE_CHECKING:
     from adaptconv.backends.triton.ahead import Ahead
+
+_LOG = logging.getLogger("adaptconv.tuner")
 
 Wait = Callable[[Problem, float], None]
 
@@ -43,7 +48,10 @@ def compiling(problems: Sequence[Problem], workers: int | None = None) -> Iterat
     count = ahead.processes() if workers is None else workers
     owned = _active is None
     if wanted and count and owned:
-        _active = ahead.Ahead(ahead.target_here(), count)
+        try:
+            _active = ahead.Ahead(ahead.target_here(), count)
+        except Exception:  # noqa: BLE001 - Triton needs a C compiler to ask the driver; other backends do not
+            _LOG.info("kernels are not compiled ahead", exc_info=True)
         _places.clear()
     try:
         if _active is not None:
@@ -59,20 +67,30 @@ def _add(active: Ahead, problems: Sequence[Problem]) -> None:
     fresh = [problem for problem in dict.fromkeys(problems) if problem not in _places]
     for problem in fresh:
         place = _places[problem] = len(_places)
-        backends = _backends(problem)
-        active.add(
-            place,
-            [(problem, Choice(b.name, b.version, config)) for b in backends for config in promising(problem, b)],
-        )
-        every = [
-            (problem, Choice(b.name, b.version, config)) for b in backends for config in list(b.space(problem))[:_MOST]
-        ]
-        active.add(_LATER + place, every)
+        active.add(place, [(problem, choice) for choice in _choices(problem, promising)])
+    places = dict(_places)
+
+    def others() -> None:
+        for problem in fresh:
+            if active.closed:
+                return
+            active.add(_LATER + places[problem], [(problem, choice) for choice in _choices(problem, _every)])
+
+    threading.Thread(target=others, daemon=True).start()  # listing them takes a while
 
 
 def _wait(problem: Problem, seconds: float) -> None:
-    if _active is not None and problem in _places:
-        _active.wait(_places[problem], seconds)
+    active = _active
+    if active is not None and problem in _places:
+        active.wait(_places[problem], seconds)
+
+
+def _choices(problem: Problem, wanted: Callable[[Problem, TritonBackend], Iterable[Config]]) -> list[Choice]:
+    return [Choice(b.name, b.version, config) for b in _backends(problem) for config in wanted(problem, b)]
+
+
+def _every(problem: Problem, backend: TritonBackend) -> Iterable[Config]:
+    return itertools.islice(backend.space(problem), _MOST)
 
 
 def _backends(problem: Problem) -> list[TritonBackend]:

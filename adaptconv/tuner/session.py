@@ -177,7 +177,7 @@ class _Session:
                     self.rows[problem] = TuneRow(problem, None, f"{NOT_TUNED}the time budget ran out")
                     continue
                 bar.set_description_str(_short(str(problem)))
-                compiled(problem, min(left, _COMPILE_S))
+                compiled(problem, min(_COMPILE_S, 0.5 * left / (len(todo) - place)))
                 left = deadline - monotonic()
                 share = PROBLEM_S if budget_s is None else max(0.0, min(left, max(LEAST_S, left / (len(todo) - place))))
                 row = self.rows[problem] = self._tuned(problem, share, trials, storage, seed)

@@ -29,6 +29,7 @@ from benchmarks.layers.tensors import DIRECTIONS, problems_of
 from benchmarks.suites import MUST_SHOW, SUITES
 
 _SHARES = {"check": 0.22, "tune": 0.43, "time": 0.25, "train": 0.1}
+_COMPILE_S = 20.0  # at most, waited for the kernels of one problem
 _PROBLEM_S = 3.0  # most for one problem while others wait
 _KINDS = ("depthwise", "other", "control")
 
@@ -75,7 +76,7 @@ class Campaign:
                     if step == "check":
                         self._check([*checked, *cases], self.deadline(step), compiled)
                     elif step == "tune":
-                        self._tune(tuned, self.deadline(step))
+                        self._tune(tuned, self.deadline(step), compiled)
                     else:
                         getattr(self, f"_{step}")(self.deadline(step))
 
@@ -112,6 +113,7 @@ class Campaign:
         except RuntimeError:
             for step in FILES:
                 self._write(step)
+            self._write_pack()
             os._exit(DEAD)
 
     def _note_crashes(self) -> None:
@@ -152,7 +154,7 @@ class Campaign:
             p for d in self.directions for layer in self.layers for p in problems_of(layer, d, self.device).values()
         ]
 
-    def _tune(self, problems: Sequence[Problem], deadline: float) -> None:
+    def _tune(self, problems: Sequence[Problem], deadline: float, compiled: Any) -> None:
         """Records of the suite, problem by problem so that a cut-off run keeps what is done."""
         crashes = crashed(self.crashes, "tune")
         done = 0
@@ -163,6 +165,8 @@ class Campaign:
             if (problem.key(),) in crashes:
                 continue
             begin("tune", problem.key())
+            compiled(problem, min(_COMPILE_S, 0.25 * left))
+            left = deadline - time.monotonic()
             budget_s = max(0.5, min(_PROBLEM_S, left / (len(problems) - place)))
             with self.survived("tune", problem.key()):
                 result = tune_problems([problem], budget_s=budget_s, progress=False)
@@ -171,9 +175,7 @@ class Campaign:
                 if row.status == "tuned" and row.record is not None:
                     print(f"{problem}: {row.record.backend}, {row.gain or 1:.2f}x, {result.seconds:.1f} s", flush=True)
             self.alive()
-            if place % 8 == 7:
-                self._write_pack()
-        self._write_pack()
+            self._write_pack()
         print(f"{done} of {len(problems)} problems have records", flush=True)
 
     def _write_pack(self) -> None:

@@ -22,6 +22,7 @@ from tests.cases import CASES
 _DTYPES = ("bfloat16", "float32", "float16")
 _BATCH = 4  # of a layer of the suite
 _TRIED = 3  # configurations of a Triton backend, best predicted first
+PREPARING = "what comes before its checks"  # in place of a choice
 _WRITE_S = 3.0  # between writing the rows: what is lost where the process is killed
 _COMPILE_S = 30.0  # waited for a problem's kernels
 _FIRST = ("sparse", "depthwise", "banded")  # what a GPU has yet to confirm
@@ -108,12 +109,17 @@ def run(
         for name, problem in problems:
             if time.monotonic() > deadline:
                 return
-            begin("check", name, "compiling")
+            item = (name, str(problem.direction), problem.dtype, problem.layout, PREPARING)
+            if item in known:
+                continue  # it ended a process
+            begin("check", *item)
             compiled(problem, _COMPILE_S)
             try:
                 for check in of_problem(name, problem, backends, device, known, spread=spread):
                     rows.append(asdict(check))
                     known.add(check.key)
+                    if check.wrong:
+                        alive()  # or what comes next would be blamed too
             except Exception:  # noqa: BLE001 - torch itself may refuse a problem
                 failed("check", name, str(problem))
             alive()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv.measure import Call, Timing, capture, interleave
+from adaptconv.measure import Call, Timing, capture, give_back, interleave
 
 _FLUSH_BYTES = 256 << 20
 _GRAPH_US = 1500.0  # of calls in a graph
@@ -46,7 +46,7 @@ def device_us(
 
     Args:
         calls: by name; each has run before: a ``functools.partial`` of its operands, or what knows them itself and then
-            is warm in both figures. One that cannot be captured is left out.
+            is warm in both figures. One that cannot be captured is told by eager calls.
         device: where they run.
         budget_s: seconds for all of them.
         far: times the fastest, beyond which a call is told by two samples.
@@ -57,17 +57,20 @@ def device_us(
     rough = interleave(calls, budget_s=0.0, device=device, min_rounds=2, max_rounds=2)
     least = min(timing.min_us for timing in rough.values())
     buffer = torch.ones(_FLUSH_BYTES // 4, device=device)
-    pool = torch.cuda.graph_pool_handle()
+    give_back(device)
     found: dict[str, DeviceTime] = {}
     graphs: dict[str, tuple[Call, int]] = {}
+    held: dict[str, list[Call]] = {}  # the operands that the graphs read
     for name, call in calls.items():
         if rough[name].min_us > far * least and rough[name].min_us > _GRAPH_US:
             found[name] = DeviceTime(rough[name].min_us, rough[name].min_us)
             continue
         count = int(min(max(_GRAPH_US / max(rough[name].min_us, 1.0), 2), _MOST))
-        cold = capture(_in_turn(_copies(call, count)), device, pool)
-        warm = capture(_in_turn([call] * count), device, pool)
-        if cold is not None and warm is not None:
+        held[name] = _copies(call, count)
+        cold, warm = capture(_in_turn(held[name]), device), capture(_in_turn([call] * count), device)
+        if cold is None or warm is None:
+            found[name] = DeviceTime(rough[name].min_us, rough[name].min_us)
+        else:
             graphs |= {f"cold {name}": (cold, count), f"warm {name}": (warm, count)}
     samples = _sampled(graphs, buffer, budget_s)
     for name in calls:

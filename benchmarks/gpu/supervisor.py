@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import tables
-from benchmarks.gpu.steps import AT, CRASHES, DEAD, FILES, TABLES, read_rows
+from benchmarks.gpu.steps import AT, CRASHES, DEAD, FILES, STEPS, TABLES, read_rows
 
 _SILENT_S = 60.0  # on one item, after which it is taken to hang; a single kernel compiles in a few seconds
 _PATIENT_S = 240.0  # likewise for what has cuDNN try its algorithms, or compiles whole networks
@@ -40,8 +40,11 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], until: float) -> int
                 break
             print(f"!! the worker {how} at: {' '.join(item)}", flush=True)
             rows = read_rows(out, CRASHES)
-            if not item or [row for row in rows if row["item"] == item]:
-                break  # nothing to leave out: it would end there again
+            if not item or [row for row in rows if row["item"] == item]:  # it ends there again: what comes after it?
+                later = _after(item, arguments.steps)
+                if not later:
+                    break
+                argv = [*argv, "--steps", *later]
             rows.append({"item": item, "how": how})
             (out / CRASHES).write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     found = {step: read_rows(out, name) for step, name in FILES.items()}
@@ -75,6 +78,13 @@ def _worker(argv: Sequence[str], out: Path, at: Path, until: float) -> tuple[lis
     finally:
         child.kill()
         child.wait()
+
+
+def _after(item: list[str], steps: Sequence[str]) -> list[str]:
+    """The steps that follow the one an item belongs to; none where it belongs to none."""
+    if not item or item[0] not in STEPS:
+        return []
+    return [step for step in STEPS[STEPS.index(item[0]) + 1 :] if step in steps]
 
 
 def _told(status: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -86,3 +87,16 @@ def test_closing_leaves_nothing_running() -> None:
     assert not any(thread.is_alive() for thread in ahead._threads)
     assert all(child.poll() is not None for child in ahead._children)
     assert not ahead.wait(0, 0.01)
+
+
+def test_a_process_that_dies_is_replaced_and_its_job_given_up(cache: Path) -> None:
+    with Ahead(H100, workers=1) as ahead:
+        ahead.add(0, [wanted(EVEN, "sparse")])
+        while not ahead._children:
+            time.sleep(0.01)
+        ahead._children[0].kill()  # before it could answer anything
+        assert ahead.wait(0, 300), "nobody waits for what will not come"
+        ahead.add(1, [wanted(LINE, "banded")])
+        assert ahead.wait(1, 300)
+        assert ahead.compiled > 0
+        assert len(ahead._children) == 2

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -25,12 +26,18 @@ from adaptconv.problem import Problem
 
 _LOG = logging.getLogger("adaptconv.backends.triton")
 _MOST = 16  # processes: each holds a torch of its own, a few hundred MiB
+_PROCESSES = 8  # that a thread starts in place of those that ended
 _AT_ONCE = 64  # configurations asked of a process in one request
 
 
 def processes() -> int:
     """How many processes may compile beside this one: one less than it may use processors, at most sixteen."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # a container's share: "microseconds period", or "max period"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        usable = min(usable, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
     return min(_MOST, max(usable - 1, 0))
 
 
@@ -75,6 +82,11 @@ class Ahead:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has stopped."""
+        return self._closed
 
     @property
     def compiled(self) -> int:
@@ -124,35 +136,42 @@ class Ahead:
         self._jobs.put((place, next(self._turn), job))
 
     def _serve(self) -> None:
-        """Keep one process busy."""
-        try:
-            child = self._started()
-        except OSError as failure:
-            _LOG.info("kernels are not compiled ahead: %s", failure)
-            return
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            pickle.dump(self._target, child.stdin)
-            while not self._closed:
-                place, _, job = self._jobs.get()
-                if job is None:
+        """Keep one process busy, another where it ends."""
+        for _ in range(_PROCESSES):
+            job: tuple[int, int, Any] | None = None
+            child = None
+            try:
+                child = self._started()
+                assert child.stdin is not None
+                assert child.stdout is not None
+                pickle.dump(self._target, child.stdin)
+                while not self._closed:
+                    job = self._jobs.get()
+                    if job[2] is None:
+                        return
+                    pickle.dump(job[2], child.stdin)
+                    child.stdin.flush()
+                    reply = pickle.load(child.stdout)
+                    self._finish(job[0], job[2], reply)
+                    job = None
+                return
+            except Exception as failure:  # noqa: BLE001 - a process may end in any way; nobody may wait for it then
+                if self._closed:
                     return
-                pickle.dump(job, child.stdin)
-                child.stdin.flush()
-                self._finish(place, job, pickle.load(child.stdout))
-        except (OSError, EOFError, pickle.UnpicklingError) as failure:
-            if not self._closed:
                 _LOG.info("a process that compiles kernels ended: %s", failure)
-        finally:
-            child.kill()
-            child.wait()
-            with self._state:
-                self._state.notify_all()
+            finally:
+                if job is not None and job[2] is not None:
+                    self._finish(job[0], job[2], "its process ended")
+                if child is not None:
+                    child.kill()
+                    child.wait()
+                with self._state:
+                    self._state.notify_all()
 
     def _started(self) -> subprocess.Popen[bytes]:
         environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "CUDA_VISIBLE_DEVICES": "",
+            **os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         child = subprocess.Popen(
             [sys.executable, "-m", "adaptconv.backends.triton.compiler_process"], stdin=subprocess.PIPE,
@@ -181,6 +200,8 @@ class Ahead:
                         self._kernels[kernel] = [place]
                         found.append(kernel)
                     elif self._kernels[kernel] and place not in self._kernels[kernel]:
+                        if place < min(self._kernels[kernel]):
+                            found.append(kernel)  # again, at its new place: the second time it lies in the cache
                         self._kernels[kernel].append(place)
                     else:
                         continue

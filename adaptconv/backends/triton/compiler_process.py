@@ -7,6 +7,7 @@ it lies in Triton's cache on disk.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -103,7 +104,8 @@ def kernels_of(pairs: Sequence[tuple[Problem, Choice]]) -> list[Kernel]:
     knobs.runtime.jit_cache_hook = note
     try:
         for problem, choice in pairs:
-            op.compute_of(choice.backend)(problem, choice.config, *_nowhere(problem))
+            with contextlib.suppress(Exception):  # the GPU's process will meet it again, and say what it is
+                op.compute_of(choice.backend)(problem, choice.config, *_nowhere(problem))
     finally:
         knobs.runtime.jit_cache_hook = before
     return list(found)
