@@ -472,7 +472,9 @@ def test_a_given_database_is_written_to_and_used(tmp_path: Path, clock: Callable
     assert dispatch.plan(problem_of()).text == LAST
 
 
-@pytest.mark.parametrize("settings", [{"budget_s": 0}, {"budget_s": -1}, {"trials": 0}, {"trials": 1.5}])
+@pytest.mark.parametrize(
+    "settings", [{"budget_s": 0}, {"budget_s": -1}, {"trials": 0}, {"trials": 1.5}, {"workers": -1}]
+)
 def test_settings_without_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(TuneError, match=next(iter(settings))):
         tune_problems([problem_of()], **settings)
