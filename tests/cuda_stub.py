@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptconv import measure
+from adaptconv import graphs, measure
 from benchmarks.gpu import clock
 
 CUDA = torch.device("cuda")
@@ -146,8 +146,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     )
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device=None: zeros(*sizes))
-    monkeypatch.setattr(measure, "_sides", {})
-    monkeypatch.setattr(measure, "_unended", [])
+    monkeypatch.setattr(graphs, "_sides", {})
+    monkeypatch.setattr(graphs, "_unended", [])
     monkeypatch.setattr(measure, "perf_counter_ns", lambda: int(made.now_us * 1e3))
     monkeypatch.setattr(clock, "monotonic", lambda: made.now_us / 1e6)
     return made

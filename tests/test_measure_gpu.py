@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptconv import measure
+from adaptconv import graphs, measure
 from benchmarks.gpu import clock
 from tests.cuda_stub import CUDA, Card
 from tests.cuda_stub import card as card  # the fixture
@@ -29,7 +29,7 @@ def test_a_sample_is_long_enough_however_slow_the_launch(card: Card) -> None:
 def test_a_capture_that_fails_leaves_everything_as_it_was(card: Card) -> None:
     card.fails = True
     call = card.kernel(10.0, 1.0)
-    assert measure.capture(call, CUDA) is None
+    assert graphs.capture(call, CUDA) is None
     assert card.stream == "default"
     assert card.capturing is None
     assert card.ended == card.recording == [(0, 1)]
@@ -39,7 +39,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(card: Card) -> None:
     )
     assert timings["one"].p20_us == 11.0, "it is timed as it is"
     card.fails = False
-    assert measure.capture(call, CUDA) is not None
+    assert graphs.capture(call, CUDA) is not None
 
 
 def test_what_is_no_runtime_error_is_raised(card: Card) -> None:
@@ -48,7 +48,7 @@ def test_what_is_no_runtime_error_is_raised(card: Card) -> None:
             raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        measure.capture(broken, CUDA)
+        graphs.capture(broken, CUDA)
     assert card.stream == "default"
     assert card.capturing is None
     assert not card.recording

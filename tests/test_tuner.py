@@ -27,7 +27,18 @@ from adaptconv.measure import Timing
 from adaptconv.problem import Direction, Problem
 from adaptconv.records import DatabaseWarning, Record
 from adaptconv.reference import reference, relative_error
-from adaptconv.tuner import TuneError, bench, contest, entrants, final, load_factory, session, tune, tune_problems
+from adaptconv.tuner import (
+    TuneError,
+    bench,
+    contest,
+    entrants,
+    final,
+    load_factory,
+    session,
+    slices,
+    tune,
+    tune_problems,
+)
 from adaptconv.tuner.search import Search, open_storage, quiet
 from tests.cases import case
 
@@ -225,7 +236,7 @@ def test_a_wrong_candidate_cannot_win_and_is_a_warning(
 
 @pytest.mark.usefixtures("wrong")
 def test_what_the_oracle_does_not_look_at_is_compared_with_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "affordable_slice", lambda p: bench.Slice((0,), (0,), tuple(range(6)), tuple(range(4))))
+    monkeypatch.setattr(bench, "affordable_slice", lambda p: slices.Slice((0,), (0,), tuple(range(6)), tuple(range(4))))
     problem = problem_of()
     stand = bench.Bench(problem, torch.device("cpu"))
     stand.set_baseline(Native().default(problem))
@@ -254,7 +265,7 @@ def test_a_slice_is_exactly_that_part_of_the_whole(direction: Direction, groups:
     grouped = case("grouped", "3x3d2x1", (9, 8), channels=(8, 16), groups=groups, batch=3, pad=(2, 1), bias=True)
     problem = grouped.problem(direction, torch.float64)
     stand = bench.Bench(problem, torch.device("cpu"))
-    part = bench.affordable_slice(problem, seconds)
+    part = slices.affordable_slice(problem, seconds)
     a, b = part.operands(problem, stand.a, stand.b)
     whole = reference(problem, stand.a, stand.b)
     small = replace(part.of(problem), bias=False)
@@ -269,10 +280,10 @@ def test_a_slice_is_exactly_that_part_of_the_whole(direction: Direction, groups:
 
 def test_a_large_problem_is_sliced_and_the_slice_reaches_both_ends() -> None:
     large = problem_of(batch=8, c_in=512, c_out=512, groups=512, spatial=(56, 56))
-    part = bench.affordable_slice(large)
+    part = slices.affordable_slice(large)
     assert 1 < len(part.groups) < 512 and part.groups[0] == 0 and part.groups[-1] == 511
-    assert bench.affordable_slice(problem_of()).of(problem_of()) == problem_of()
-    assert bench.spread(5, 1) == (4,) and bench.spread(5, 5) == (0, 1, 2, 3, 4)
+    assert slices.affordable_slice(problem_of()).of(problem_of()) == problem_of()
+    assert slices.spread(5, 1) == (4,) and slices.spread(5, 5) == (0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed"])

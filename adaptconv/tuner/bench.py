@@ -1,13 +1,7 @@
 """Bench: the operands of one problem, and the check that a candidate must pass before it may win.
 
-The oracle works in float64 and tap by tap, so on large problems it would cost more than all the timing. It
-is then computed on a slice that is *exactly* what the whole result holds there:
-
-- FORWARD and GRAD_INPUT are independent across images, groups, and the channels of their result in a group;
-- GRAD_WEIGHT is independent across groups and across both channels of a weight; all images enter it.
-
-The slice is spread over first to last, and the rest of a candidate's result is compared with the baseline's,
-which passed the same check. Every candidate therefore runs on the full operands, as it will be timed.
+The oracle looks at a slice of large problems (``slices``); the rest of a candidate's result is compared with the
+baseline's, which passed the same check. Every candidate therefore runs on the full operands, as it will be timed.
 """
 
 from __future__ import annotations
@@ -17,7 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 
@@ -30,8 +24,8 @@ from adaptconv.dispatch import Source, plan_from_choice
 from adaptconv.errors import KernelWarning, told
 from adaptconv.problem import Direction, Problem
 from adaptconv.reference import reference, relative_error
+from adaptconv.tuner.slices import affordable_slice, taken
 
-ORACLE_S = 0.15  # roughly what the oracle of one problem may take on two CPU cores
 # Relative L2 errors that are never held against a candidate: a few roundings of the result.
 _FLOORS = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
 _FLOOR_OTHERWISE = 1e-6
@@ -39,8 +33,6 @@ _ALLOWED = 2.0  # times the baseline's own error
 _OF_A_PLANE = 10.0  # times what is allowed of the whole, in the plane where two results are furthest apart
 _TF32 = 2.0**-9  # likewise where torch's flags allow tf32: it is in one kernel of torch and not in another
 _WRONG = 30.0  # times what is allowed: beyond rounding, however unfavourably it was summed
-
-Index = tuple[int, ...]
 
 
 class Discarded(Exception):
@@ -53,55 +45,6 @@ class Discarded(Exception):
     def __init__(self, reason: str, *, wrong: bool = False) -> None:
         super().__init__(reason)
         self.wrong = wrong
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Part of a problem that can be computed on its own. Channels are counted within a group.
-
-    Attributes:
-        images, groups, outs, ins: indices kept along each, ascending.
-    """
-
-    images: Index
-    groups: Index
-    outs: Index
-    ins: Index
-
-    def of(self, problem: Problem) -> Problem:
-        """The problem of the slice alone."""
-        count = len(self.groups)
-        return replace(
-            problem, batch=len(self.images), groups=count, c_in=count * len(self.ins), c_out=count * len(self.outs)
-        )
-
-    def activation(self, problem: Problem, t: Tensor, channels: Index) -> Tensor:
-        """The part of ``[N, C, *spatial]`` it keeps, ``channels`` of every kept group."""
-        t = _taken(t, 0, self.images)
-        t = t.reshape(t.shape[0], problem.groups, -1, *t.shape[2:])
-        return _taken(_taken(t, 1, self.groups), 2, channels).flatten(1, 2)
-
-    def weight(self, problem: Problem, w: Tensor) -> Tensor:
-        """The part of ``[C_out, C_in/groups, T]`` it keeps."""
-        w = _taken(w.reshape(problem.groups, -1, *w.shape[1:]), 0, self.groups)
-        return _taken(_taken(w, 1, self.outs), 2, self.ins).flatten(0, 1)
-
-    def operands(self, problem: Problem, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of both operands it needs."""
-        x, dy = partial(self.activation, channels=self.ins), partial(self.activation, channels=self.outs)
-        if problem.direction is Direction.FORWARD:
-            return x(problem, a), self.weight(problem, b)
-        if problem.direction is Direction.GRAD_INPUT:
-            return dy(problem, a), self.weight(problem, b)
-        return x(problem, a), dy(problem, b)
-
-    def result(self, problem: Problem, t: Tensor) -> Tensor:
-        """The part of the problem's result that is the slice's result."""
-        if problem.direction is Direction.FORWARD:
-            return self.activation(problem, t, self.outs)
-        if problem.direction is Direction.GRAD_INPUT:
-            return self.activation(problem, t, self.ins)
-        return self.weight(problem, t)
 
 
 class Bench:
@@ -238,44 +181,9 @@ class Bench:
             a, b = part.operands(self.problem, self.a, self.b)
             bias = self.bias
             if bias is not None:
-                bias = _taken(_taken(bias.reshape(self.problem.groups, -1), 0, part.groups), 1, part.outs).flatten()
+                bias = taken(taken(bias.reshape(self.problem.groups, -1), 0, part.groups), 1, part.outs).flatten()
             self._exact = reference(part.of(self.problem), a, b, bias)
         return relative_error(part.result(self.problem, result), self._exact)
-
-
-def affordable_slice(problem: Problem, seconds: float = ORACLE_S) -> Slice:
-    """The largest slice, by halving, whose oracle is expected to take no longer than this."""
-    counts = {
-        "images": problem.batch,
-        "groups": problem.groups,
-        "outs": problem.c_out // problem.groups,
-        "ins": problem.c_in // problem.groups,
-    }
-    whole = dict(counts)
-    free = {
-        Direction.FORWARD: ("groups", "images", "outs"),
-        Direction.GRAD_INPUT: ("groups", "images", "ins"),
-        Direction.GRAD_WEIGHT: ("groups", "outs", "ins"),
-    }[problem.direction]
-    while _oracle_s(problem, counts) > seconds and any(counts[name] > 1 for name in free):
-        widest = max(free, key=lambda name: counts[name])
-        counts[widest] = (counts[widest] + 1) // 2
-    return Slice(**{name: spread(whole[name], count) for name, count in counts.items()})
-
-
-def spread(size: int, count: int) -> Index:
-    """``count`` indices spread evenly over ``range(size)``, first and last included; one alone is the last."""
-    if count == 1:
-        return (size - 1,)
-    return tuple(i * (size - 1) // (count - 1) for i in range(count))
-
-
-def _oracle_s(problem: Problem, counts: dict[str, int]) -> float:
-    """Expected seconds of the oracle: arithmetic, traffic and fixed cost of every tap (two CPU cores)."""
-    pixels = counts["images"] * counts["groups"] * math.prod(problem.out_spatial)
-    flops = 2 * pixels * counts["outs"] * counts["ins"]
-    moved = pixels * (counts["outs"] + counts["ins"])
-    return len(problem.taps) * (flops / 8e9 + 8e-9 * moved + 4e-5)
 
 
 def _operands(problem: Problem, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -318,9 +226,3 @@ def _result_shape(problem: Problem) -> tuple[int, ...]:
         Direction.GRAD_INPUT: problem.input_shape,
         Direction.GRAD_WEIGHT: problem.weight_shape,
     }[problem.direction]
-
-
-def _taken(t: Tensor, dim: int, index: Index) -> Tensor:
-    if len(index) == t.shape[dim]:
-        return t
-    return t.index_select(dim, torch.tensor(index, device=t.device))

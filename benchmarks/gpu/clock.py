@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv.measure import Call, Timing, capture, give_back, interleave
+from adaptconv.graphs import Call, capture, give_back
+from adaptconv.measure import Timing, interleave
 
 _FLUSH_BYTES = 256 << 20
 _GRAPH_US = 1500.0  # of calls in a graph

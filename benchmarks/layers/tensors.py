@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptconv.problem import Direction, Problem
 from adaptconv.reference import reference, relative_error
-from adaptconv.tuner.bench import affordable_slice
+from adaptconv.tuner.slices import affordable_slice
 from benchmarks.suites import Layer
 
 DIRECTIONS = {"forward": Direction.FORWARD, "dx": Direction.GRAD_INPUT, "dw": Direction.GRAD_WEIGHT}
