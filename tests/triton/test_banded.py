@@ -31,6 +31,7 @@ def depthwise(name: str, taps: str, spatial: tuple[int, ...], channels: int = 2,
 
 
 HOLES = "/".join("1000000010010" if row % 3 else "0000100000001" for row in range(9))
+PARTLY = "/".join("1100000011" if row in (0, 4, 12) else "0000000000" for row in range(13))
 SHAPES = (
     depthwise("1d", "31", (40,), pad=15, bias=True),
     depthwise("1d-holes-dead", "9d4", (20,), channels=3, pad=16, bias=True),
@@ -46,10 +47,19 @@ SHAPES = (
     depthwise("2d-holes", HOLES, (16, 18), pad=(4, 6)),
     depthwise("2d-many-taps", "6x7", (10, 12), pad=3),
     depthwise("2d-row-of-pixels", "9x9", (1, 17), pad=4, batch=1),
+    depthwise("2d-dilated", "7x7d3x3", (13, 18), channels=3, pad=9, bias=True),
+    depthwise("2d-dilated-apart", "7x9d4x2", (11, 22), pad=((7, 17), (4, 9)), batch=3),
+    depthwise("2d-dilated-rows-only", "5x9d7x1", (9, 14), pad=((15, 13), (4, 4)), bias=True),
+    depthwise("2d-dilated-strided", "5x9d3x1", (23, 16), stride=(2, 1), pad=(6, 4), bias=True),
+    depthwise("2d-dilated-strided-alike", "5x9d4x2", (25, 31), channels=3, stride=(6, 2), pad=((3, 11), (8, 5))),
+    depthwise("2d-partly-dilated", PARTLY, (18, 20), pad=(5, 4)),
+    depthwise("3d-dilated", "5x3x9d3x2x1", (11, 6, 17), pad=(6, 2, 4), bias=True),
+    depthwise("3d-dilated-strided", "3x3x9d2x3x1", (7, 13, 9), stride=(3, 2, 1), pad=(2, 4, 5)),
     depthwise("3d", "3x3x9", (5, 6, 17), pad=(1, 1, 4), bias=True),
     depthwise("3d-strided", "3x9x3", (7, 13, 9), stride=(2, 1, 3), pad=(1, 4, 0)),
 )
-FIRST, SMALL, THIN = SHAPES[0], SHAPES[7], SHAPES[9]
+FIRST, SMALL, THIN, VOLUME = SHAPES[0], SHAPES[7], SHAPES[9], SHAPES[-2]
+DILATED, DILATED_AND_STRIDED = SHAPES[14], SHAPES[18]
 TILED = depthwise("2d-tiled", "11x13", (9, 14), pad=((5, 4), (6, 6)), batch=3)
 
 
@@ -157,7 +167,7 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         made: torch.Tensor = empty(*size, **more)  # type: ignore[call-overload]
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
-    for shape, direction in itertools.product((SHAPES[2], SHAPES[8], SHAPES[14]), Direction):
+    for shape, direction in itertools.product((SHAPES[2], SHAPES[8], DILATED, VOLUME), Direction):
         problem = shape.problem(direction, torch.bfloat16)
         a, b, bias = operands(problem)
         exact = reference(problem, a.cpu(), b.cpu(), None if bias is None else bias.cpu())
@@ -263,8 +273,19 @@ def test_blocks_skip_what_lies_outside() -> None:
     win = window(on_h200("27x27", 64, 512, 14, 14), False)
     assert win is not None
     whole = cut(win, 14, 14)
-    assert (whole.rows, whole.units, whole.before_h, whole.before_units) == (14, 2, 0, 0)
+    assert (whole.rows, whole.units, whole.first_row, whole.before_units) == (14, 2, 0, 0)
     assert spread(win, 4, 16, 128).columns == 16
+
+
+def test_rows_between_dilated_taps_are_in_no_window() -> None:
+    """Every third row of an image is an image of its own, in which the kernel has seven rows, not nineteen."""
+    win = window(on_h200("7x7d3x3", 128, 64, 56, 56), False)
+    assert win is not None
+    assert (win.extent, win.pace, win.phases, win.images) == ((1, 7, 19), (1, 3, 1), 3, 3)
+    assert cut(win, 4, 16).rows == 4 - 1 + 7
+    alike = window(DILATED_AND_STRIDED.problem(Direction.FORWARD, torch.bfloat16), False)  # dilation 4, stride 6
+    assert alike is not None
+    assert (alike.extent[1], alike.stride[1], alike.phases, alike.phase_rows) == (5, 3, 2, 6)
 
 
 def test_it_is_registered() -> None:

@@ -15,6 +15,7 @@ from adaptconv.backends.triton.banded.tiling import (
     forward_of,
     spread,
     tile_of,
+    whole_rows,
     window,
 )
 from adaptconv.backends.triton.base import TritonBackend
@@ -129,12 +130,12 @@ def _candidates(problem: Problem, axis: str) -> tuple[Config, ...]:
     """Configurations to rank: every useful tile, other knobs at what they would default to."""
     here = forward_of(problem)
     win = None if here is None else window(here, axis == "before")
-    out = (1, 1, 1) if win is None else win.out
-    useful = [(h, w) for h, w in _BLOCKS if h < 2 * out[1] and (w < 2 * out[2] or w == _WIDTHS[0])]
+    high, wide = (1, 1) if win is None else (win.high, win.out[2])
+    useful = [(h, w) for h, w in _BLOCKS if h < 2 * high and (w < 2 * wide or w == _WIDTHS[0])]
     useful = useful or [(2, 8)]
     if problem.direction is not Direction.GRAD_WEIGHT:
-        if out[2] <= _WIDTHS[-1]:  # whole rows of the output, as many as fit
-            useful += [(min(n // out[2], out[1]), out[2]) for n in (64, 128, 256) if n >= out[2]]
+        if wide <= _WIDTHS[-1] and (win is None or win.phases == 1):  # whole rows of the output, as many as fit
+            useful += [(min(n // wide, high), wide) for n in (64, 128, 256) if n >= wide]
         warps, most = _limits(problem)
         tiles = [Config(tile=f"{rows}x{h}x{w}", axis=axis, warps=warps, stages=3) for rows in _ROWS for h, w in useful]
         return tuple(dict.fromkeys(t for t in tiles if tile_of(t)[0] * columns_of(t) <= most))
@@ -157,20 +158,23 @@ def _serves(problem: Problem, axes: tuple[str, ...], config: Config) -> bool:
     here = forward_of(problem)
     wins = [window(here, axis == "before") for axis in axes] if here is not None else []
     wide = int(str(config["tile"]).split("x")[-1])
-    return wide in _WIDTHS or all(win is None or win.out[2] == wide for win in wins)
+    return wide in _WIDTHS or all(win is None or whole_rows(win, wide) for win in wins)
 
 
 def _limits(problem: Problem) -> tuple[int, int]:
     """Least warps of a forward program and most sums in it, at which everything stays in registers.
 
-    Addresses take more of them where rows of the input are read in parts of a unit, and over three axes; stores, where
-    rows of the output are odd. Hopper's products read both operands from shared memory, others from registers.
+    Addresses take more of them where rows of the input are read in parts of a unit, over three axes, and in phases;
+    stores, where rows of the output are odd. Hopper's products read both operands from shared memory, others from
+    registers.
     """
     here = forward_of(problem)
     if here is None or problem.direction is Direction.GRAD_WEIGHT:
         return 4, _SUMS // 2
     crowded = here.axes == 3 or here.spatial[-1] % (UNIT_BYTES // here.torch_dtype.itemsize) != 0
-    shifts = crowded + (here.out_spatial[-1] % 2) + (card(problem.device).family not in ("sm90", "sm100"))
+    wins = [window(here, axis == "before") for axis in _axes(problem)]
+    phased = any(win is not None and win.phases > 1 for win in wins)
+    shifts = crowded + phased + (here.out_spatial[-1] % 2) + (card(problem.device).family not in ("sm90", "sm100"))
     return (8 if shifts else 4), _SUMS >> min(shifts, 2)
 
 

@@ -24,12 +24,14 @@ def builds(family: str) -> list[Build]:
         _forward("small map", 64, 16 if hopper else 8, 16, 8, stages, part=2, y_unit=4, full=True),
         _forward("odd width", 64, 8, 16, 8, stages, y_unit=1),
         _forward("line", 128, 1, 64, warps, stages, bias=True),
+        _forward("dilated", 128, 4, 16, warps, stages, phased=True),
         _forward("volume", 128 if hopper else 64, 8, 16, 8, stages, deep=True),
         _forward("float32", 128, 4, 16, warps, stages, dtype="fp32"),
         _gradient("usual", 8, 16, 2, 64, 8, stages),
         _gradient("whole rows", 2, 64, 2, 64, 8, stages),
         _gradient("small map", 4, 16, 8, 16, 4, stages, turns=2),
         _gradient("line", 1, 64, 1, 128, 4, stages),
+        _gradient("dilated", 4, 16, 4, 32, 4, stages, phased=True),
         _gradient("volume", 4, 16, 4, 32, 4, stages, deep=True),
         _gradient("float32", 4, 16, 4, 16, 4, stages, dtype="fp32"),
         _build("rows", kernels.lay_rows, {"BY": 64, "BX": 64}, 4, stages),
@@ -47,12 +49,13 @@ def builds(family: str) -> list[Build]:
 
 def _forward(
     label: str, pairs: int, high: int, wide: int, warps: int, stages: int, *, dtype: str = "bf16", part: int = 0,
-    y_unit: int = 0, full: bool = False, deep: bool = False, bias: bool = False,
+    y_unit: int = 0, full: bool = False, deep: bool = False, phased: bool = False,
+    bias: bool = False,
 ) -> Build:  # fmt: skip
     unit = UNIT_BYTES // _BYTES[dtype]
     constants: dict[str, Any] = {
         "UNIT": unit, "PART": part or unit, "BM": pairs, "BN": high * wide, "BW": wide,
-        "BK": STEP_BYTES // _BYTES[dtype], "Y_UNIT": y_unit or unit, "FULL": full, "DEEP": deep, "HAS_BIAS": bias,
+        "BK": STEP_BYTES // _BYTES[dtype], "Y_UNIT": y_unit or unit, "FULL": full, "DEEP": deep, "PHASED": phased, "HAS_BIAS": bias,
         "PRECISION": "tf32" if dtype == "fp32" else "ieee",
     }  # fmt: skip
     if not bias:
@@ -62,11 +65,11 @@ def _forward(
 
 def _gradient(
     label: str, high: int, wide: int, rows: int, columns: int, warps: int, stages: int, *, dtype: str = "bf16",
-    turns: int = 1, deep: bool = False,
+    turns: int = 1, deep: bool = False, phased: bool = False,
 ) -> Build:  # fmt: skip
     constants: dict[str, Any] = {
         "UNIT": UNIT_BYTES // _BYTES[dtype], "BH": high, "BW": wide, "ROWS": rows, "COLUMNS": columns, "TURNS": turns,
-        "BK": CORRELATED * 2 // _BYTES[dtype], "DEEP": deep, "PRECISION": "tf32" if dtype == "fp32" else "ieee",
+        "BK": CORRELATED * 2 // _BYTES[dtype], "DEEP": deep, "PHASED": phased, "PRECISION": "tf32" if dtype == "fp32" else "ieee",
     }  # fmt: skip
     return _build(f"gradient {label}", kernels.correlate, constants, warps, stages, dtype)
 

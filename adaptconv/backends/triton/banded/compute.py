@@ -27,6 +27,7 @@ from adaptconv.backends.triton.banded.tiling import (
     spread,
     tile_of,
     warps_of,
+    whole_rows,
     window,
 )
 from adaptconv.backends.triton.geometry import on_device
@@ -142,19 +143,19 @@ def _product(
     )  # fmt: skip
     y = torch.empty((here.batch, here.c_out, *win.out), dtype=x.dtype, device=x.device)
     row = win.out[2]
-    full = wide == win.out[2]
+    full = whole_rows(win, wide)
     plane, block = win.out[1] * win.out[2], made.high * made.wide
     y_unit = math.gcd(plane, block, unit) if full else math.gcd(row, unit)
-    images = here.batch * win.out[0]
+    images = here.batch * win.images
     tiles = -(-made.blocks_h * made.blocks_w * images // pairs)
     kernels.multiply[(tiles * here.c_out,)](
         x, table, y, bias, images, here.batch, here.c_out, win.size[0], win.size[1], width_parts, *win.out,
         row // y_unit, plane // y_unit, block // y_unit, made.blocks_h, made.blocks_w, tiles, made.step_h,
-        made.step_units, -win.first[0], made.before_h, made.before_units, win.extent[0], made.rows, made.units,
-        made.table_rows, made.table_grains, *win.stride, made.shift, made.high, made.wide, UNIT=unit, PART=part,
-        BM=pairs, BN=columns_of(config), BW=16 if full else wide, BK=STEP_BYTES // x.element_size(), Y_UNIT=y_unit,
-        FULL=full, DEEP=here.axes == 3,
-        HAS_BIAS=bias is not None, PRECISION=_precision(problem), num_warps=warps_of(config),
+        made.step_units, win.first[0], made.first_row, made.low_h, made.high_h, made.before_units, win.extent[0],
+        made.rows, made.units, made.table_rows, made.table_grains, *win.stride, *win.pace[:2], win.phases,
+        win.phase_rows, made.shift, made.high, made.wide, UNIT=unit, PART=part, BM=pairs, BN=columns_of(config),
+        BW=16 if full else wide, BK=STEP_BYTES // x.element_size(), Y_UNIT=y_unit, FULL=full, DEEP=here.axes == 3,
+        PHASED=win.phases > 1, HAS_BIAS=bias is not None, PRECISION=_precision(problem), num_warps=warps_of(config),
         num_stages=int(config["stages"]),
     )  # fmt: skip
     return (_exchanged(y) if swap else y).reshape(here.output_shape)
@@ -178,7 +179,7 @@ def _weight_gradient(problem: Problem, config: Config, win: Window, swap: bool, 
     over: Spread = spread(win, made.high, made.wide, int(config["places"]))
     x, _, width_units = _rows(x, swap, (unit,))
     dy, _, out_units = _rows(dy, swap, (unit,))
-    images = problem.batch * win.out[0]
+    images = problem.batch * win.images
     splits = int(config["splits"])
     area = over.tiles_r * over.rows * over.columns
     partial = torch.empty(
@@ -190,12 +191,13 @@ def _weight_gradient(problem: Problem, config: Config, win: Window, swap: bool, 
     programs = splits * over.tiles_r * over.tiles_u * win.extent[0] * problem.c_out
     kernels.correlate[(programs,)](
         x, dy, partial, images, problem.batch, problem.c_out, win.size[0], win.size[1], width_units, win.out[0],
-        win.out[1], out_units, made.blocks_h, made.blocks_w, made.step_h, made.step_units, -win.first[0],
-        made.before_h, before_units, win.extent[0], made.rows, over.tiles_r, over.tiles_u,
-        min(over.tile_columns, 1 << 20), splits, win.stride[0], win.stride[2], shift, *_magic(images),
-        *_magic(made.blocks_w), *_magic(problem.batch), UNIT=unit, BH=made.high, BW=made.wide, ROWS=over.rows,
+        win.out[1], out_units, made.blocks_h, made.blocks_w, made.step_h, made.step_units, win.first[0],
+        made.first_row, made.low_h, made.high_h, before_units, win.extent[0], made.rows, over.tiles_r, over.tiles_u,
+        min(over.tile_columns, 1 << 20), splits, win.stride[0], win.stride[2], *win.pace[:2], win.phases,
+        win.phase_rows, shift, *_magic(images), *_magic(made.blocks_w), *_magic(problem.batch * win.out[0]),
+        *_magic(problem.batch), UNIT=unit, BH=made.high, BW=made.wide, ROWS=over.rows,
         COLUMNS=over.columns, TURNS=over.turns, BK=CORRELATED * 2 // x.element_size(), DEEP=problem.axes == 3,
-        PRECISION=_precision(problem), num_warps=warps_of(config), num_stages=int(config["stages"]),
+        PHASED=win.phases > 1, PRECISION=_precision(problem), num_warps=warps_of(config), num_stages=int(config["stages"]),
     )  # fmt: skip
     dw = torch.empty(problem.weight_shape, dtype=x.dtype, device=x.device)
     taps = len(problem.taps)

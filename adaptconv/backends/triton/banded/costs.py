@@ -109,8 +109,8 @@ def steps_of_tiles(win: Window, made: Cut, images: int, rows: int, unit_step: in
         first, last = tile * rows, min(tile * rows + rows, count) - 1
         top, bottom = first // line, last // line
         left, right = (first % line // images, last % line // images) if top == bottom else (0, made.blocks_w - 1)
-        high = min(win.size[1] + made.before_h - top * made.step_h, made.rows)
-        high -= max(made.before_h - bottom * made.step_h, 0)
+        high = min(made.high_h - top * made.step_h, made.rows)
+        high -= max(made.low_h - bottom * made.step_h, 0)
         wide = min(width_units + made.before_units - left * made.step_units, made.units)
         wide -= max(made.before_units - right * made.step_units, 0)
         total += math.ceil(max(high, 0) * max(wide, 0) / unit_step)
@@ -119,7 +119,7 @@ def steps_of_tiles(win: Window, made: Cut, images: int, rows: int, unit_step: in
 
 def _multiplied(here: Problem, win: Window, made: Cut, config: Config) -> Work:
     rows = tile_of(config)[0]
-    images = here.batch * win.out[0]
+    images = here.batch * win.images
     steps = steps_of_tiles(win, made, images, rows, STEP_BYTES // 16) * here.c_out * win.extent[0]
     programs = math.ceil(made.blocks_h * made.blocks_w * images / rows) * here.c_out
     piece = max(1, _SECTOR_BYTES // (run_of(win, config) * here.torch_dtype.itemsize))
@@ -138,12 +138,12 @@ def _correlated(problem: Problem, win: Window, made: Cut, config: Config) -> Wor
 def _shares(problem: Problem, win: Window, made: Cut, config: Config) -> tuple[int, float]:
     """Programs of the weight gradient before the sum is split, and steps over K of all of them."""
     over = spread(win, made.high, made.wide, int(config["places"]))
-    line = made.blocks_w * problem.batch * win.out[0]
+    line = made.blocks_w * problem.batch * win.images
     steps = 0
     for tile in range(over.tiles_r):
         first = tile * over.rows
-        low = math.ceil(max(made.before_h - first - over.rows + 1, 0) / made.step_h)
-        high = min((win.size[1] - 1 + made.before_h - first) // made.step_h + 1, made.blocks_h)
+        low = math.ceil(max(made.low_h - first - over.rows + 1, 0) / made.step_h)
+        high = min((made.high_h - 1 - first) // made.step_h + 1, made.blocks_h)
         steps += math.ceil(max(high - low, 0) * line * problem.torch_dtype.itemsize / (2 * CORRELATED))
     copies = over.tiles_u * win.extent[0] * problem.c_out
     return over.tiles_r * copies, steps * copies

@@ -22,12 +22,20 @@ ROWS_OF_WARP = 32  # of a forward product, whose addresses a warp keeps
 class Window:
     """Where the live taps sit, on axes depth, height and width, the last one banded.
 
+    Between dilated taps lie planes and rows that no tap reads. Such planes are passed over. As for rows, outputs
+    ``phases`` rows apart read the same rows of the input, ``pace`` rows apart; the others never meet those. So each
+    phase is an image of its own, of every ``phases``-th row, whose window has no empty rows.
+
     Attributes:
-        size, out, stride: extents and steps of the convolution, axes exchanged if need be.
+        size, out: extents of the convolution, axes exchanged if need be.
+        stride: its steps; of the rows, in paces, between neighbours of a phase.
         first: the least offset of a live tap an axis.
-        extent: positions of the window an axis.
-        taps: of every live tap, its index and its place in the window.
+        extent: positions of the window an axis, in paces.
+        taps: of every live tap, its index and its place in the window, in paces.
         unit: elements in ``UNIT_BYTES``.
+        pace: input planes and rows between two places of the window, and columns, which is 1.
+        phases: images that the rows of one are parted into.
+        phase_rows: input rows from one phase to the next.
     """
 
     size: tuple[int, int, int]
@@ -37,16 +45,34 @@ class Window:
     extent: tuple[int, int, int]
     taps: tuple[tuple[int, int, int, int], ...]
     unit: int
+    pace: tuple[int, int, int]
+    phases: int
+    phase_rows: int
+
+    @property
+    def images(self) -> int:
+        """Images that one sample is for the kernels: a plane of outputs and a phase each."""
+        return self.out[0] * self.phases
+
+    @property
+    def high(self) -> int:
+        """Output rows of a phase, of the one that has most."""
+        return math.ceil(self.out[1] / self.phases)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A window's convolution in blocks of ``high`` x ``wide`` outputs; units and blocks as in the kernels.
 
+    Rows are those of a phase, in paces.
+
     Attributes:
-        blocks_h, blocks_w: blocks of an image plane.
+        blocks_h, blocks_w: blocks of an image.
         step_h, step_units: from block to block, in rows and units of the input.
-        before_h, before_units: from a block's corner back to its first row and unit.
+        first_row: of the input, in true rows, that the first block of the first phase begins with.
+        low_h, high_h: rows of the first block's window inside the input: from low_h, of the phase that has the most in
+            front, up to high_h, of the one that has the most behind; unlimited by the window.
+        before_units: from a block's corner back to its first unit.
         rows, units: that the window of a block spans, those that no block has inside the input left out.
         skipped_rows, skipped_units: those left out in front.
         shift: columns between a block's corner, nothing left out, and its first output's first tap; below ``unit``.
@@ -59,7 +85,9 @@ class Cut:
     blocks_w: int
     step_h: int
     step_units: int
-    before_h: int
+    first_row: int
+    low_h: int
+    high_h: int
     before_units: int
     rows: int
     units: int
@@ -116,16 +144,20 @@ def window(here: Problem, swap: bool) -> Window | None:
     if not laid.live:
         return None
     z, y, x = (0, 2, 1) if swap else (0, 1, 2)
-    rows = [(o[z], o[y], o[x]) for o in laid.offsets]
-    first = (min(r[0] for r in rows), min(r[1] for r in rows), min(r[2] for r in rows))
-    extent = tuple(max(r[axis] for r in rows) - first[axis] + 1 for axis in range(3))
+    places = [(o[z], o[y], o[x]) for o in laid.offsets]
+    first = (min(p[0] for p in places), min(p[1] for p in places), min(p[2] for p in places))
+    pace_z, pace_h = (math.gcd(*(p[axis] - first[axis] for p in places)) or 1 for axis in (0, 1))
+    step = laid.stride[y]
+    shared = math.gcd(step, pace_h)
     taps = tuple(
-        (t, r[0] - first[0], r[1] - first[1], r[2] - first[2]) for t, r in zip(laid.live, rows, strict=True)
-    )  # fmt: skip
+        (t, (p[0] - first[0]) // pace_z, (p[1] - first[1]) // pace_h, p[2] - first[2])
+        for t, p in zip(laid.live, places, strict=True)
+    )
+    extent = tuple(max(tap[1 + axis] for tap in taps) + 1 for axis in range(3))
     return Window(
         (laid.size[z], laid.size[y], laid.size[x]), (laid.out[z], laid.out[y], laid.out[x]),
-        (laid.stride[z], laid.stride[y], laid.stride[x]), first, (extent[0], extent[1], extent[2]), taps,
-        UNIT_BYTES // here.torch_dtype.itemsize,
+        (laid.stride[z], step // shared, laid.stride[x]), first, (extent[0], extent[1], extent[2]), taps,
+        UNIT_BYTES // here.torch_dtype.itemsize, (pace_z, pace_h, 1), min(pace_h // shared, laid.out[y]), step,
     )  # fmt: skip
 
 
@@ -135,25 +167,26 @@ def cut(win: Window, high: int, wide: int) -> Cut:
 
     ``wide`` is a multiple of the unit, or as wide as the output.
     """
-    unit = win.unit
-    blocks_h, blocks_w = math.ceil(win.out[1] / high), math.ceil(win.out[2] / wide)
+    unit, pace = win.unit, win.pace[1]
+    blocks_h, blocks_w = math.ceil(win.high / high), math.ceil(win.out[2] / wide)
     step_h, step_units = high * win.stride[1], wide * win.stride[2] // unit
-    before_h = -win.first[1]
     before_units = math.ceil(-win.first[2] / unit)
     shift = before_units * unit + win.first[2]
     last = (wide - 1) * win.stride[2] + shift
     rows, units = (high - 1) * win.stride[1] + win.extent[1], math.ceil((last + win.extent[2]) / unit)
-    r_low = max(0, before_h - (blocks_h - 1) * step_h)
-    r_high = min(rows, win.size[1] + before_h)
+    last_phase = win.first[1] + (win.phases - 1) * win.phase_rows
+    low_h, high_h = math.ceil(-last_phase / pace), math.ceil((win.size[1] - win.first[1]) / pace)
+    r_low = max(0, low_h - (blocks_h - 1) * step_h)
+    r_high = min(rows, high_h)
     u_low = max(0, before_units - (blocks_w - 1) * step_units)
     u_high = min(units, math.ceil(win.size[2] / unit) + before_units)
     lead = (high - 1) * win.stride[1]
     grain = unit // 2
     ahead = last // grain
     return Cut(
-        high, wide, blocks_h, blocks_w, step_h, step_units, before_h - r_low, before_units - u_low, r_high - r_low,
-        u_high - u_low, r_low, u_low, shift, lead - r_low, ahead * grain - u_low * unit, lead + r_high - r_low,
-        ahead + 2 * (u_high - u_low),
+        high, wide, blocks_h, blocks_w, step_h, step_units, win.first[1] + r_low * pace, low_h - r_low, high_h - r_low,
+        before_units - u_low, r_high - r_low, u_high - u_low, r_low, u_low, shift, lead - r_low,
+        ahead * grain - u_low * unit, lead + r_high - r_low, ahead + 2 * (u_high - u_low),
     )  # fmt: skip
 
 
@@ -196,7 +229,12 @@ def warps_of(config: Config) -> int:
     return max(int(config["warps"]), sums // (32 * most), rows // ROWS_OF_WARP)
 
 
+def whole_rows(win: Window, wide: int) -> bool:
+    """Whether the rows of a block follow each other in memory without a gap."""
+    return wide == win.out[2] and win.phases == 1
+
+
 def run_of(win: Window, config: Config) -> int:
     """Outputs of a block that follow each other in memory."""
     _, high, wide = tile_of(config)
-    return high * wide if wide == win.out[2] else wide
+    return high * wide if whole_rows(win, wide) else wide
