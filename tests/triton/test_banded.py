@@ -11,6 +11,7 @@ import torch
 import adaptconv
 from adaptconv.backends import Config, backend_named
 from adaptconv.backends.triton.banded.backend import Banded
+from adaptconv.backends.triton.banded.positions import HALF, positions
 from adaptconv.backends.triton.banded.tiling import cut, exchanged, spread, tile_of, window
 from adaptconv.kernel import Kernel
 from adaptconv.problem import Device, Direction, Problem
@@ -84,6 +85,16 @@ def test_every_shape(shape: Case, direction: Direction) -> None:
             assert error_of(BANDED, problem, BANDED.space(problem).default) <= bound(problem)
 
 
+@RUNS
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s.spatial) == 2], ids=lambda shape: shape.name)
+def test_upright(shape: Case, direction: Direction) -> None:
+    problem = shape.problem(direction, torch.float16)
+    config = Config(BANDED.space(problem).default, axis="upright", tile="64x1x16")
+    if shape.stride[-1] == 1 and not BANDED.unsuited(problem):
+        assert error_of(BANDED, problem, config) <= bound(problem)
+
+
 FORWARD_TILES = (
     "64x1x16", "128x2x8", "64x4x16", "128x8x16", "256x1x64", "64x16x16", "64x14x14", "128x9x14", "64x4x14", "256x2x32",
 )  # fmt: skip
@@ -91,7 +102,7 @@ WEIGHT_TILES = ("1x16", "2x8", "4x16", "8x16", "16x8", "2x64", "2x32")
 
 
 @RUNS
-@pytest.mark.parametrize("axis", ["last", "before"])
+@pytest.mark.parametrize("axis", ["last", "before", "upright"])
 @pytest.mark.parametrize("tile", FORWARD_TILES)
 def test_every_kind_of_tile(tile: str, axis: str) -> None:
     _, _, wide = tile_of(Config(tile=tile))
@@ -275,6 +286,34 @@ def test_blocks_skip_what_lies_outside() -> None:
     whole = cut(win, 14, 14)
     assert (whole.rows, whole.units, whole.first_row, whole.before_units) == (14, 2, 0, 0)
     assert spread(win, 4, 16, 128).columns == 16
+
+
+def test_high_and_narrow_kernels_stand_upright() -> None:
+    """No axis is exchanged for a 51x5 kernel; a square one has no use for it, and the last axis no band to offer."""
+    high = BANDED.space(on_h200("51x5", 64, 124, 56, 56))
+    assert high.default["axis"] == "upright"
+    assert BANDED.predicted_us(on_h200("51x5", 64, 124, 56, 56), high.default) < 0.6 * BANDED.predicted_us(
+        on_h200("51x5", 64, 124, 56, 56), Config(high.default, axis="before")
+    )
+    for taps in ("31x31", "5x51"):
+        axes = next(knob for knob in BANDED.space(on_h200(taps, 64, 124, 56, 56)).knobs if knob.name == "axis")
+        assert "upright" not in axes.values
+
+
+@pytest.mark.parametrize(
+    ("taps", "columns"),
+    [("51x5", (3, 2)), ("51x4", (2, 2)), ("51x1", (1, 0)), ("51x3d1x3", (2, 1)), ("51x3d1x4", (3, 0))],
+)
+def test_weight_columns_by_parity(taps: str, columns: tuple[int, int]) -> None:
+    """Whole pairs of columns from a position, or from the next one, to what its weights read."""
+    problem = on_h200(taps, 64, 124, 56, 56)
+    win = window(problem, True)
+    assert win is not None
+    line = positions(win, cut(win, 1, 64))
+    assert (line.even_columns, line.odd_columns) == columns
+    evens = [HALF * (line.first_half + j * line.step_half) + line.late for j in range(line.even_columns)]
+    odds = [HALF * (line.odd_half + j * line.step_half) + line.late + 1 for j in range(line.odd_columns)]
+    assert sorted(evens + odds) == sorted({x - problem.padding[1][0] for _, x in problem.taps.offsets})
 
 
 def test_rows_between_dilated_taps_are_in_no_window() -> None:

@@ -42,6 +42,7 @@ CASES = {
         case("even", "17x17", (28, 28), channels=(16, 16), groups=16, pad=8, bias=True),
         case("odd", "11x13", (15, 17), channels=(3, 3), groups=3, pad=(5, 6)),
         case("tall", "51x5", (56, 56), channels=(4, 4), groups=4, pad=(25, 2)),
+        case("dilated", "7x7d3x3", (28, 28), channels=(16, 16), groups=16, pad=9, bias=True),
         case("line", "31", (128,), channels=(8, 8), groups=8, pad=15),
     ),
 }  # fmt: skip

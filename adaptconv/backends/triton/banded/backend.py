@@ -8,12 +8,14 @@ from typing import ClassVar
 
 from adaptconv.backends.base import Config, Knob, Space
 from adaptconv.backends.triton.banded import costs
+from adaptconv.backends.triton.banded.positions import HALF
 from adaptconv.backends.triton.banded.tiling import (
     STEP_BYTES,
     UNIT_BYTES,
     columns_of,
     forward_of,
     spread,
+    sums_of,
     tile_of,
     whole_rows,
     window,
@@ -27,6 +29,7 @@ _LONG = 9  # taps along an axis from which a band is worth its zeros
 _MANY = 35  # or taps altogether
 _SPARSE = 32  # positions of the window to one tap, beyond which multiplying zeros cannot pay
 _KEPT = 6  # tiles declared, the best predicted ones
+_NEAR = 1.25  # times the best prediction, within which another way is worth the tuner's time
 _SMALL = 1 << 26  # floating-point operations below which a launch costs more than any knob can save
 _ROWS = (64, 128, 256)
 _WIDTHS = (8, 16, 32, 64)
@@ -35,6 +38,8 @@ _SUMS = 128 * 256  # float32 sums of a program
 _LEAST_LEFT = 64  # outputs of a block in the weight gradient: what one product of four warps takes
 _MOST_LEFT = 128  # outputs of a block in the weight gradient, whose product is skewed in shared memory
 _PLACES = (64, 128, 256)
+_AXIS_HELP = "the axis along which the band runs: the last; the one before, exchanged with it or upright, as it lies"
+_COPIED_BYTES = 4  # the least that a GPU copies into shared memory by itself
 _TILE_HELP = (
     "pairs (block, image) of a program, then height x width of a block of outputs", "height x width of a block of dY"
 )  # fmt: skip
@@ -45,7 +50,8 @@ class Banded(TritonBackend):
 
     A block of outputs of one image is a row of a product with a Toeplitz matrix, so that the tensor cores do the
     multiply-adds, zeros in the band included: at k >= 9 a third to two thirds are not. For finite inputs that changes
-    nothing; an infinity reaches every output of the blocks that read it, as NaN.
+    nothing; an infinity reaches every output of the blocks that read it, as NaN. Rows of a dilated kernel are parted
+    into phases without empty rows; a high and narrow kernel has its band along the rows, with the input as it lies.
     """
 
     name: ClassVar[str] = "banded"
@@ -90,6 +96,8 @@ class Banded(TritonBackend):
 def _space(problem: Problem) -> Space:
     gradient = problem.direction is Direction.GRAD_WEIGHT
     axes = _axes(problem)
+    if "upright" in axes and not _stands(problem):
+        axes = axes[:2]
     ranked = sorted(
         (costs.predicted_us(problem, config), str(config["tile"]), axis, config)
         for axis in axes
@@ -105,7 +113,7 @@ def _space(problem: Problem) -> Space:
     tiles = tuple(dict.fromkeys(kept))
     knobs = [Knob("tile", tiles, tiles[0], _TILE_HELP[gradient])]
     if len(axes) > 1:
-        knobs.append(Knob("axis", axes, axis, "the axis along which the band runs; 'before' exchanges the last two"))
+        knobs.append(Knob("axis", axes, axis, _AXIS_HELP))
     if gradient:
         places = tuple(p for p in _PLACES if all(_fits(problem, a, tile, p) for a in axes for tile in tiles))
         knobs.append(Knob("places", places, int(best["places"]), "places of the window to a program"))
@@ -115,30 +123,40 @@ def _space(problem: Problem) -> Space:
     least, _ = _limits(problem)
     warps = (least,) if small or least == 8 else (4, 8)
     knobs.append(Knob("warps", warps, least, "warps of a program, at least"))
-    stages = _stages(problem, tiles)
+    stages = _stages(problem, tiles, 3 if "upright" in axes else 4)  # whose fourth step does not fit in registers
     usual = 3 if 3 in stages else 2
     knobs.append(Knob("stages", (usual,) if small else stages, usual, "steps over K in flight"))
     return Space(tuple(knobs))
 
 
+@lru_cache(maxsize=4096)
 def _axes(problem: Problem) -> tuple[str, ...]:
-    return ("last", "before") if problem.axes > 1 else ("last",)
+    if problem.axes == 1:
+        return ("last",)
+    here = forward_of(problem)
+    halved = problem.torch_dtype.itemsize * HALF == _COPIED_BYTES
+    upright = problem.direction is not Direction.GRAD_WEIGHT and problem.axes == 2 and halved
+    if upright and here is not None and here.stride[-1] == 1:
+        return ("last", "before", "upright")
+    return ("last", "before")
 
 
 @lru_cache(maxsize=4096)
 def _candidates(problem: Problem, axis: str) -> tuple[Config, ...]:
     """Configurations to rank: every useful tile, other knobs at what they would default to."""
     here = forward_of(problem)
-    win = None if here is None else window(here, axis == "before")
+    win = None if here is None else window(here, axis != "last")
     high, wide = (1, 1) if win is None else (win.high, win.out[2])
+    if axis == "upright":
+        high = 1
     useful = [(h, w) for h, w in _BLOCKS if h < 2 * high and (w < 2 * wide or w == _WIDTHS[0])]
     useful = useful or [(2, 8)]
     if problem.direction is not Direction.GRAD_WEIGHT:
-        if wide <= _WIDTHS[-1] and (win is None or win.phases == 1):  # whole rows of the output, as many as fit
+        if wide <= _WIDTHS[-1] and (win is None or win.phases == 1 or axis == "upright"):  # whole rows, as many as fit
             useful += [(min(n // wide, high), wide) for n in (64, 128, 256) if n >= wide]
         warps, most = _limits(problem)
         tiles = [Config(tile=f"{rows}x{h}x{w}", axis=axis, warps=warps, stages=3) for rows in _ROWS for h, w in useful]
-        return tuple(dict.fromkeys(t for t in tiles if tile_of(t)[0] * columns_of(t) <= most))
+        return tuple(dict.fromkeys(t for t in tiles if sums_of(t) <= most))
     found = []
     tall = [(h, w) for h, w in useful if _LEAST_LEFT <= h * w <= _MOST_LEFT]
     for h, w in tall or [(h, w) for h, w in useful if h * w < _LEAST_LEFT]:
@@ -149,14 +167,25 @@ def _candidates(problem: Problem, axis: str) -> tuple[Config, ...]:
     return tuple(found)
 
 
+def _stands(problem: Problem) -> bool:
+    """Whether upright tiles, made for kernels much higher than wide, are predicted to come near the others."""
+    best = {
+        axis: min((costs.predicted_us(problem, config) for config in _candidates(problem, axis)), default=math.inf)
+        for axis in _axes(problem)
+    }
+    return best["upright"] < _NEAR * min(best.values())
+
+
 def _serves(problem: Problem, axes: tuple[str, ...], config: Config) -> bool:
     """Whether a tile is one on every axis of the band, as tile and axis are chosen apart: of a width that blocks may
-    have, or whole rows.
+    have, or whole rows; and of no more sums than fit.
     """
     if problem.direction is Direction.GRAD_WEIGHT:
         return True
     here = forward_of(problem)
-    wins = [window(here, axis == "before") for axis in axes] if here is not None else []
+    if any(sums_of(Config(config, axis=axis)) > _limits(problem)[1] for axis in axes):
+        return False
+    wins = [window(here, axis != "last") for axis in axes] if here is not None else []
     wide = int(str(config["tile"]).split("x")[-1])
     return wide in _WIDTHS or all(win is None or whole_rows(win, wide) for win in wins)
 
@@ -172,7 +201,7 @@ def _limits(problem: Problem) -> tuple[int, int]:
     if here is None or problem.direction is Direction.GRAD_WEIGHT:
         return 4, _SUMS // 2
     crowded = here.axes == 3 or here.spatial[-1] % (UNIT_BYTES // here.torch_dtype.itemsize) != 0
-    wins = [window(here, axis == "before") for axis in _axes(problem)]
+    wins = [window(here, axis != "last") for axis in _axes(problem)]
     phased = any(win is not None and win.phases > 1 for win in wins)
     shifts = crowded + phased + (here.out_spatial[-1] % 2) + (card(problem.device).family not in ("sm90", "sm100"))
     return (8 if shifts else 4), _SUMS >> min(shifts, 2)
@@ -181,7 +210,7 @@ def _limits(problem: Problem) -> tuple[int, int]:
 def _fits(problem: Problem, axis: str, tile: str, places: int) -> bool:
     """Whether a tile of so many places holds, for some weight column, what every output column of a block reads."""
     here = forward_of(problem)
-    win = None if here is None else window(here, axis == "before")
+    win = None if here is None else window(here, axis != "last")
     if win is None:
         return True
     high, wide = map(int, tile.split("x"))
@@ -190,11 +219,11 @@ def _fits(problem: Problem, axis: str, tile: str, places: int) -> bool:
     return spread(win, high, wide, places).tile_columns > 0
 
 
-def _stages(problem: Problem, tiles: tuple[str, ...]) -> tuple[int, ...]:
+def _stages(problem: Problem, tiles: tuple[str, ...], most: int) -> tuple[int, ...]:
     """Depths of the pipeline whose buffers fit in shared memory, for every tile declared."""
     room = card(problem.device).shared_bytes
     widest = max(
         STEP_BYTES * (columns_of(config) + (tile_of(config)[0] or _PLACES[-1]))
         for config in (Config(tile=tile) for tile in tiles)
     )
-    return tuple(s for s in (2, 3, 4) if s * widest <= room) or (2,)
+    return tuple(s for s in range(2, most + 1) if s * widest <= room) or (2,)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from adaptconv.backends.base import Config
+from adaptconv.backends.triton.banded.positions import HALF, positions
+from adaptconv.backends.triton.banded.positions import steps as steps_of_tile
 from adaptconv.backends.triton.banded.tiling import (
     CORRELATED,
     STEP_BYTES,
     Cut,
     Window,
+    along_rows,
     columns_of,
     cut,
     exchanged,
@@ -19,6 +22,7 @@ from adaptconv.backends.triton.banded.tiling import (
     parts_of,
     run_of,
     spread,
+    stands_upright,
     tile_of,
     warps_of,
     window,
@@ -33,6 +37,7 @@ _L1_BYTES_A_CLOCK = 64.0
 _TABLE_MISSES = 0.15
 _UNIT_INSTRUCTIONS = 10.0  # of a thread, counted in the machine code, a 16-byte copy with its address and bounds
 _TABLE_INSTRUCTIONS = 8.0  # in two copies, without bounds
+_HALF_INSTRUCTIONS = 18.0  # in four copies of 4 bytes, whose bounds and addresses are shared
 _PLACED_INSTRUCTIONS = 35.0  # whose address follows from a pair (block, image) by division
 _STEP_INSTRUCTIONS = 60.0  # a warp, of a step: counters, barriers, the product itself
 _PROGRAM_CYCLES = 2500.0  # before the first step and after the last, of one of the programs that run at a time
@@ -47,8 +52,9 @@ class Work:
     Attributes:
         programs: programs of the main kernel.
         steps: steps over K, of all programs together.
-        rows, columns: of the two operands in a step, ``STEP_BYTES`` each at 16-byte loads.
-        shared: whether the second operand comes from the table of bands.
+        rows, columns: of the two operands in a step, ``STEP_BYTES`` each.
+        far: shares of either that come from past the first-level cache.
+        instructions: of a thread, for 16 bytes of either.
         written: bytes of the result as the second-level cache takes them, in sectors.
     """
 
@@ -56,21 +62,24 @@ class Work:
     steps: float
     rows: int
     columns: int
-    shared: bool
+    far: tuple[float, float]
+    instructions: tuple[float, float]
     written: float
 
 
 def predicted_us(problem: Problem, config: Config) -> float:
     """Microseconds of all kernels of one call."""
     here = forward_of(problem)
-    win = None if here is None else window(here, exchanged(config))
+    win = None if here is None else window(here, along_rows(config))
     facts = card(problem.device)
     moved = problem.bytes / facts.bandwidth_gb_s * 1e-3
     if here is None or win is None:
         return 2 * _LAUNCH_US + moved
     made = cut(win, *tile_of(config)[1:])
-    gradient = problem.direction is Direction.GRAD_WEIGHT
-    work = _correlated(problem, win, made, config) if gradient else _multiplied(here, win, made, config)
+    if problem.direction is Direction.GRAD_WEIGHT:
+        work = _correlated(problem, win, made, config)
+    else:
+        work = (_upright if stands_upright(config) else _multiplied)(here, win, made, config)
     time = _LAUNCH_US * (3 + 2 * exchanged(config)) + max(_busy_us(work, config, facts), moved)
     return time + _passes_bytes(problem, win, made, config) / facts.bandwidth_gb_s * 1e-3
 
@@ -81,13 +90,10 @@ def _busy_us(work: Work, config: Config, facts: Card) -> float:
     hertz = facts.processors * facts.clock_ghz * 1e3  # cycles of all multiprocessors in a microsecond
     left, right = work.rows * STEP_BYTES, work.columns * STEP_BYTES
     tensor = work.steps * work.rows * work.columns * STEP_BYTES / (facts.tensor_tflop_s * _TENSOR_SHARE * 1e6)
-    # Copies of 16 bytes pass the first-level cache by; those of 8, from the table, find nearly all in it.
-    far = (work.steps * (left + right * (_TABLE_MISSES if work.shared else 1)) + work.written) / (
-        _L2_BYTES_A_CLOCK * hertz
-    )
+    fetched = work.steps * (left * work.far[0] + right * work.far[1])
+    far = (fetched + work.written) / (_L2_BYTES_A_CLOCK * hertz)
     near = work.steps * (left + right) / (_L1_BYTES_A_CLOCK * hertz)
-    each = (_UNIT_INSTRUCTIONS, _TABLE_INSTRUCTIONS) if work.shared else (_PLACED_INSTRUCTIONS, _PLACED_INSTRUCTIONS)
-    loads = left * each[0] + right * each[1]
+    loads = left * work.instructions[0] + right * work.instructions[1]
     issue = work.steps * (loads / (16 * 32) + _STEP_INSTRUCTIONS * warps) / (4 * hertz)
     resident = max(1, 16 // warps)
     waves = math.ceil(work.programs / (facts.processors * resident))
@@ -124,15 +130,31 @@ def _multiplied(here: Problem, win: Window, made: Cut, config: Config) -> Work:
     programs = math.ceil(made.blocks_h * made.blocks_w * images / rows) * here.c_out
     piece = max(1, _SECTOR_BYTES // (run_of(win, config) * here.torch_dtype.itemsize))
     written = float(piece * math.prod(here.output_shape) * here.torch_dtype.itemsize)
-    return Work(programs, steps, rows, columns_of(config), True, written)
+    # Copies of 16 bytes pass the first-level cache by; those of 8, from the table, find nearly all in it.
+    each = (_UNIT_INSTRUCTIONS, _TABLE_INSTRUCTIONS)
+    return Work(programs, steps, rows, columns_of(config), (1.0, _TABLE_MISSES), each, written)
+
+
+def _upright(here: Problem, win: Window, made: Cut, config: Config) -> Work:
+    many, line = tile_of(config)[0], positions(win, made)
+    tiles = math.ceil(here.batch * line.image_halves / line.kept(many)) * here.c_out
+    size = here.torch_dtype.itemsize
+    steps = tiles * steps_of_tile(made, line, win.size[2], win.unit, STEP_BYTES // size)
+    again = 1 / (line.even_columns + line.odd_columns) + _TABLE_MISSES  # copies of 4 bytes go through the cache as well
+    each = (_HALF_INSTRUCTIONS, _TABLE_INSTRUCTIONS)
+    written = float(math.prod(here.output_shape) * size)
+    return Work(
+        tiles * made.blocks_w, steps, many, columns_of(config), (min(again, 1.0), _TABLE_MISSES), each, written
+    )  # fmt: skip
 
 
 def _correlated(problem: Problem, win: Window, made: Cut, config: Config) -> Work:
     programs, steps = _shares(problem, win, made, config)
     places = spread(win, made.high, made.wide, int(config["places"]))
     return Work(
-        programs * int(config["splits"]), steps, made.high * made.wide, places.rows * places.columns, False, 0.0
-    )
+        programs * int(config["splits"]), steps, made.high * made.wide, places.rows * places.columns, (1.0, 1.0),
+        (_PLACED_INSTRUCTIONS, _PLACED_INSTRUCTIONS), 0.0,
+    )  # fmt: skip
 
 
 def _shares(problem: Problem, win: Window, made: Cut, config: Config) -> tuple[int, float]:
@@ -166,7 +188,9 @@ def _passes_bytes(problem: Problem, win: Window, made: Cut, config: Config) -> f
     read = [(inputs, win.size[2])] if not gradient else [(inputs, win.size[2]), (outputs, win.out[2])]
     total = 0.0
     for count, width in read:
-        if exchanged(config) or width % (win.unit if gradient else parts_of(win.unit, size)[-1]):
+        if stands_upright(config):
+            total += 2 * count * (win.size[1] % HALF > 0)
+        elif exchanged(config) or width % (win.unit if gradient else parts_of(win.unit, size)[-1]):
             total += 2 * count
     if problem.layout != "contiguous" and problem.axes > 1:
         total += 3 * (inputs + outputs)

@@ -1,4 +1,4 @@
-"""The kernels of banded convolution: bands of weights, products with them, and the sums along their diagonals.
+"""The kernels of banded convolution: products with bands of weights, and the sums along the diagonals of others.
 
 Words: a *unit* is 16 bytes of a row of the input (8 half-precision elements or 4 of float32). Rows of ``x`` are whole
 units, zero-padded. A *block* is BH x BW outputs of one image plane; *images* are pairs of an output depth and a sample.
@@ -30,48 +30,6 @@ def divided(n, divisor, magic, shift):
 def within(place, extent):
     """Whether 0 <= place < extent, in one comparison."""
     return place.to(tl.uint32, bitcast=True) < extent.to(tl.uint32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=("stride_plane", "height"))
-def lay_rows(x, out, stride_plane, stride_y, stride_x, height, width, pitch, BY: tl.constexpr, BX: tl.constexpr):
-    """Rows zero-padded to a pitch, and axes exchanged where the strides say so: ``out [planes, height, pitch]``."""
-    across = tl.cdiv(pitch, BX)
-    down = tl.cdiv(height, BY)
-    tile = tl.program_id(0)
-    plane = (tile // (across * down)).to(tl.int64)
-    row = tile // across % down * BY + tl.arange(0, BY)
-    column = tile % across * BX + tl.arange(0, BX)
-    rows = row.to(tl.int64)[:, None]
-    inside = (row < height)[:, None] & (column < width)[None, :]
-    source = x + plane * stride_plane + rows * stride_y + column.to(tl.int64)[None, :] * stride_x
-    target = out + plane * height * pitch + rows * pitch + column[None, :]
-    tl.store(target, tl.load(source, mask=inside, other=0.0), mask=(row < height)[:, None] & (column < pitch)[None, :])
-
-
-@triton.jit(do_not_specialize=range(3, 12))
-def lay_bands(
-    w, places, table, stride_channel, stride_tap, depth_taps, height, width, table_rows, table_columns, lead_rows,
-    lead_columns, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The weights in their window, zeros around, once for each misalignment to a grain.
-
-    ``table[c, s, z, row, column] = weight[c, z, row - lead_rows, column - s - lead_columns]``, so that the run
-    of a band above any output column starts at a whole grain of one of the GRAIN copies. ``places [z, row, column]`` is
-    the tap of the compact weight that stands at a place of the window, -1 for none.
-    """
-    size = GRAIN * depth_taps * table_rows * table_columns
-    blocks = tl.cdiv(size, BLOCK)
-    c = (tl.program_id(0) // blocks).to(tl.int64)
-    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    line = at // table_columns
-    z = line // table_rows
-    row = line % table_rows - lead_rows
-    column = at % table_columns - z // depth_taps - lead_columns
-    z = z % depth_taps
-    inside = (at < size) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    tap = tl.load(places + (z * height + row) * width + column, mask=inside, other=-1)
-    value = tl.load(w + c * stride_channel + tap.to(tl.int64) * stride_tap, mask=tap >= 0, other=0.0)
-    tl.store(table + c * size + at, value, mask=at < size)
 
 
 @triton.jit(do_not_specialize=range(4, 41))
@@ -273,7 +231,9 @@ def correlate(
         y_at += image * y_sample
         iy = tl.where(real, x_row + first_row, _FAR)
         oy = tl.where(real, y_row, _FAR)
-        y_inside = (oy[:, None] + y_rows[None, :] < out_height) & ((bw * (BW // UNIT))[:, None] + ou[None, :] < out_units)
+        y_inside = (oy[:, None] + y_rows[None, :] < out_height) & (
+            (bw * (BW // UNIT))[:, None] + ou[None, :] < out_units
+        )
         iu = bw * step_units - before_units
         x_inside = within(iy[:, None] + known[None, :], height) & within(iu[:, None] + u[None, :], width_units)
         left = tl.load((y_channel + y_at)[:, None] + y_column[None, :], mask=y_inside, other=0.0)
@@ -291,32 +251,3 @@ def correlate(
         skewed = tl.where(hit, tl.gather(acc, index, 1), 0.0)
         sums = tl.sum(tl.reshape(skewed, (BH, BW, ROWS * COLUMNS)), axis=1)
         tl.store(out + turn * BH * area + where, sums)
-
-
-@triton.jit(do_not_specialize=range(3, 14))
-def collect(
-    partial, places, dw, splits, channels, depth_taps, tiles_u, turns, area, taps, rows, stride_h, columns,
-    tile_columns, BH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums up BLOCK taps of dW of one channel: over splits, in order, and over the rows i of a block.
-
-    ``places [3, taps]``: depth, row and column of a tap in the window; depth -1 for a tap that reads nothing.
-    """
-    blocks = tl.cdiv(taps, BLOCK)
-    c = (tl.program_id(0) // blocks).to(tl.int64)
-    t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    known = t < taps
-    z = tl.load(places + t, mask=known, other=-1)
-    r = tl.load(places + taps + t, mask=known, other=0)
-    j = tl.load(places + 2 * taps + t, mask=known, other=0)
-    tile, j = j // tile_columns, j % tile_columns
-    i = tl.arange(0, BH)
-    row = r[:, None] + i[None, :] * stride_h
-    live = (z >= 0)[:, None] & within(row, rows)
-    at = ((z * tiles_u + tile) * turns + j // columns) * BH
-    at = (at[:, None] + i[None, :]).to(tl.int64) * area + row * columns + (j % columns)[:, None]
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(splits):
-        base = partial + (s * channels + c) * (depth_taps * tiles_u * turns * BH).to(tl.int64) * area
-        total += tl.sum(tl.load(base + at, mask=live, other=0.0), axis=1)
-    tl.store(dw + c * taps + t, total.to(dw.dtype.element_ty), mask=known)

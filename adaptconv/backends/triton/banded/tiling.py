@@ -13,6 +13,7 @@ from adaptconv.problem import Direction, Problem
 UNIT_BYTES = 16  # the widest load of a thread, and what rows of the input are aligned to
 STEP_BYTES = 128  # of a row of either operand in one step over K
 CORRELATED = 64  # pairs (block, image) in one step of the weight gradient
+UPRIGHT = 64  # output rows of an upright program, at least: what one product of four warps takes
 SUMS_OF_THREAD = 128  # float32 sums that a thread can hold beside its addresses
 SKEWED_OF_THREAD = 64  # and where it skews them in the end
 ROWS_OF_WARP = 32  # of a forward product, whose addresses a warp keeps
@@ -126,15 +127,28 @@ def forward_of(problem: Problem) -> Problem | None:
     return problem.adjoint() if problem.direction is Direction.GRAD_INPUT else problem
 
 
-def exchanged(config: Config) -> bool:
+def along_rows(config: Config) -> bool:
     """Whether the band runs along the last axis but one."""
+    return config.get("axis", "last") != "last"
+
+
+def exchanged(config: Config) -> bool:
+    """Whether the last two axes of the input and of the result are exchanged in memory for that."""
     return config.get("axis", "last") == "before"
 
 
+def stands_upright(config: Config) -> bool:
+    """Whether the band runs along the last axis but one with the input as it lies."""
+    return config.get("axis", "last") == "upright"
+
+
 def tile_of(config: Config) -> tuple[int, int, int]:
-    """Pairs (block, image) of a program, 0 in the weight gradient, and height and width of a block."""
+    """Pairs (block, image) of a program, 0 in the weight gradient, and height and width of a block.
+
+    An upright program's pairs are positions, and its blocks are of one column, which is a height of 1.
+    """
     *rows, high, wide = map(int, str(config["tile"]).split("x"))
-    return (rows or [0])[0], high, wide
+    return (rows or [0])[0], 1 if stands_upright(config) else high, wide
 
 
 @lru_cache(maxsize=4096)
@@ -211,9 +225,14 @@ def _power(value: int) -> int:
 
 
 def columns_of(config: Config) -> int:
-    """Columns of the product: the outputs of a block, filled up to a power of two."""
+    """Columns of the product: the outputs of a block, filled up to a power of two. Upright ones are its rows."""
     _, high, wide = tile_of(config)
-    return max(_power(high * wide), 16)
+    return max(_power(high * wide), UPRIGHT if stands_upright(config) else 16)
+
+
+def sums_of(config: Config) -> int:
+    """Float32 sums that a program of the weight gradient or of a forward product keeps at a time."""
+    return columns_of(config) * (tile_of(config)[0] or int(config["places"])) * (2 if stands_upright(config) else 1)
 
 
 def parts_of(unit: int, element_bytes: int) -> tuple[int, ...]:
@@ -224,9 +243,8 @@ def parts_of(unit: int, element_bytes: int) -> tuple[int, ...]:
 def warps_of(config: Config) -> int:
     """Warps of a program: as many as asked for, and enough for its sums and addresses to fit in registers."""
     rows = tile_of(config)[0]
-    sums = columns_of(config) * (rows or int(config["places"]))
     most = SUMS_OF_THREAD if rows else SKEWED_OF_THREAD
-    return max(int(config["warps"]), sums // (32 * most), rows // ROWS_OF_WARP)
+    return max(int(config["warps"]), sums_of(config) // (32 * most), rows // ROWS_OF_WARP)
 
 
 def whole_rows(win: Window, wide: int) -> bool:
