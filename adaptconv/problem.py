@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -196,16 +196,7 @@ class Problem:
 
     def adjoint(self) -> Problem | None:
         """At stride 1, the FORWARD problem on dy with flipped taps whose output is dx; else None."""
-        if any(step != 1 for step in self.stride):
-            return None
-        padding = tuple(
-            (window - 1 - before, window - 1 - after)
-            for window, (before, after) in zip(self.taps.window, self.padding, strict=True)
-        )
-        return replace(
-            self, direction=Direction.FORWARD, c_in=self.c_out, c_out=self.c_in, spatial=self.out_spatial,
-            taps=self.taps.flipped(), padding=padding, bias=False,
-        )  # fmt: skip
+        return _adjoint(self)
 
     def key(self) -> str:
         """Canonical text naming every field, the device included: the database key."""
@@ -261,3 +252,17 @@ def fp32_precision(dtype: torch.dtype, device: torch.device) -> str:
         if conv != "ieee":
             allowed.append(f"conv-{conv}")
     return "+".join(allowed) or "ieee"
+
+
+@lru_cache(maxsize=4096)  # sorting hundreds of taps takes milliseconds, and every call of a backend may ask
+def _adjoint(problem: Problem) -> Problem | None:
+    if any(step != 1 for step in problem.stride):
+        return None
+    padding = tuple(
+        (window - 1 - before, window - 1 - after)
+        for window, (before, after) in zip(problem.taps.window, problem.padding, strict=True)
+    )
+    return replace(
+        problem, direction=Direction.FORWARD, c_in=problem.c_out, c_out=problem.c_in, spatial=problem.out_spatial,
+        taps=problem.taps.flipped(), padding=padding, bias=False,
+    )  # fmt: skip

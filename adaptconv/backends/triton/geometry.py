@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptconv.backends.kept import kept
-from adaptconv.problem import Direction, Problem
+from adaptconv.problem import Problem
 
 Triple = tuple[int, int, int]
 
@@ -51,12 +51,6 @@ def geometry(problem: Problem) -> Geometry:
         _triple(ones + problem.spatial), _triple(ones + problem.out_spatial), _triple(ones + problem.stride), live,
         tuple(offsets),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def reverse(problem: Problem) -> Problem | None:
-    """At stride 1 the FORWARD problem whose output is the gradient of the input, for GRAD_INPUT; else None."""
-    return problem.adjoint() if problem.direction is Direction.GRAD_INPUT else None
 
 
 @kept(4096)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends.base import Config
@@ -14,7 +16,6 @@ from adaptconv.backends.triton.depthwise import kernels, packed_kernels
 from adaptconv.backends.triton.depthwise.plan import SECTIONS, STRIP, Packing, Pass, images, packing, passes
 from adaptconv.backends.triton.depthwise.shapes import direct_shape, is_packed, packed_shape
 from adaptconv.backends.triton.geometry import Triple, on_device
-from adaptconv.backends.weights import picked
 from adaptconv.problem import Direction, Problem
 
 _KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -55,6 +56,25 @@ def _unit(strides: tuple[int, ...], channels: int, *tensors: Tensor) -> int:
 
 def _multiple(problem: Problem) -> int:
     return problem.c_out // problem.groups
+
+
+def _columns(rows: Tensor, indices: tuple[int, ...]) -> Tensor:
+    """Columns of ``[C, n]`` by index, -1 giving zeros: ``[C, len(indices)]``."""
+    gaps, known = _filled(indices, rows.shape[1])
+    return (F.pad(rows, (0, 1)) if gaps else rows).index_select(1, on_device((known,), rows.device)[0])
+
+
+@lru_cache(maxsize=1024)
+def _filled(indices: tuple[int, ...], zeros: int) -> tuple[bool, tuple[int, ...]]:
+    """Whether some are -1, and those replaced."""
+    return -1 in indices, tuple(i if i >= 0 else zeros for i in indices)
+
+
+@lru_cache(maxsize=1024)
+def _inverse(taps: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """For each of ``count`` taps its place among ``taps``, -1 for none."""
+    place = {t: i for i, t in enumerate(taps)}
+    return tuple(place.get(t, -1) for t in range(count))
 
 
 # ---- packed rows ------------------------------------------------------------------------------
@@ -105,7 +125,7 @@ def _packed(problem: Problem, config: Config, here: Pass, a: Tensor, w: Tensor, 
     rows = images(here) if shape.reach == 1 else packing(here, reach=shape.reach)
     packed = _pack_images(a, rows) if rows.images else _pack(a, rows.extent, rows.origin)
     table = on_device((rows.table,), a.device)
-    weight = picked(w, rows.indices)[:, 0].float().contiguous()
+    weight = _columns(w[:, 0].float(), rows.indices)
     strides = _strides(y)
     places = _places(here, rows, problem.batch, strides, a.device)
     total = places.shape[1]
@@ -179,7 +199,7 @@ def _direct(problem: Problem, config: Config, here: Pass, a: Tensor, w: Tensor, 
     unit = _unit((*read[:1], *read[2:], *written[:1], *written[2:]), channels, a, y) if last else 1
     places = problem.batch * math.prod(here.count)
     shape = direct_shape(config, last=last, channels=channels, unit=unit, places=places)
-    weight = picked(w, here.taps)[:, 0].float()
+    weight = _columns(w[:, 0].float(), here.taps)
     start = sum(f * s for f, s in zip(here.first, written[2:], strict=True))
     filled = y.as_strided((1,), (1,), y.storage_offset() + start) if start else y
     grid = (-(-places // shape.places) * -(-channels // shape.channels),)
@@ -213,8 +233,7 @@ def _weight_gradient(problem: Problem, config: Config, x: Tensor, dy: Tensor) ->
     if not here.taps:
         return x.new_zeros(problem.weight_shape)
     sums, taps = (_packed_sums if is_packed(config) else _direct_sums)(problem, config, here, x, dy)
-    column = {t: i for i, t in enumerate(taps)}
-    return picked(sums.unsqueeze(1), tuple(column.get(t, -1) for t in range(len(problem.taps)))).to(x.dtype)
+    return _columns(sums, _inverse(taps, len(problem.taps))).unsqueeze(1).to(x.dtype)
 
 
 def _packed_sums(problem: Problem, config: Config, here: Pass, x: Tensor, dy: Tensor) -> tuple[Tensor, tuple[int, ...]]:

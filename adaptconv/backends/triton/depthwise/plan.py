@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from adaptconv.backends.triton.geometry import Triple, geometry
 from adaptconv.problem import Direction, Problem
@@ -17,7 +17,7 @@ _SLOTS = (172.0, 94.0, 22.0, 34.0)  # of wide and narrow groups, taps at shift 0
 _PHASES = 512  # interleaved phases of a row that packing tells apart, at most
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)  # known by identity: a key that costs nothing to look up
 class Pass:
     """One convolution at a fixed step, which fills a regular subset of the result.
 
@@ -66,7 +66,7 @@ def passes(problem: Problem) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)  # as Pass; and it keeps what is derived from it
 class Packing:
     """A pass on an operand that was copied with its zeros, in strips of eight values that are loaded together.
 
@@ -94,18 +94,18 @@ class Packing:
     lone: tuple[tuple[int, int, int], ...]
     images: bool = False
 
-    @property
+    @cached_property
     def volume(self) -> int:
         """Packed strips of a channel of one image, or of eight."""
         return math.prod(self.extent)
 
-    @property
+    @cached_property
     def indices(self) -> tuple[int, ...]:
         """Columns of the compact weight in the order the kernel reads them, -1 for zeros."""
         grouped = [t for group in (*self.wide, *self.narrow) for t in group[1]]
         return (*grouped, *(t for _, _, t in self.lone))
 
-    @property
+    @cached_property
     def table(self) -> tuple[int, ...]:
         """Ends of the sections (wide, narrow, eight shifts of lone taps), then every entry's strip offset."""
         ends = [len(self.wide), len(self.wide) + len(self.narrow)]
