@@ -22,6 +22,9 @@ from adaptconv.errors import ConvArgumentError
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
 
+_autocast = torch._C._is_any_autocast_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 @dataclass(frozen=True, slots=True)
 class Plans:
@@ -78,6 +81,9 @@ def execute(plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Ten
     """Run a plan; empty operands are answered here, so that no backend meets one."""
     if a.numel() == 0 or b.numel() == 0:
         return _empty(plan.problem, a, bias)
+    if _autocast():  # the operands are what they should be; a backward may run where the forward was exempt from it
+        with torch._C._DisableAutocast():
+            return plan.call(a, b, bias)
     return plan.call(a, b, bias)
 
 
@@ -163,6 +169,26 @@ def differentiated(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bia
     if torch._C._are_functorch_transforms_active():
         result: Tensor = _Trilinear.apply(plans, direction, a, b, bias)
         return result
+    if _batched(a) or _batched(b):
+        return _one_by_one(plans, direction, a, b, bias)
+    return _APPLY_BELOW(plans, direction, a, b, bias)
+
+
+def _one_by_one(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """A batch of gradients, as ``is_grads_batched`` and ``vectorize`` make it: by torch's older vmap.
+
+    It has no rules for much of what backends do, and no function of torch.func knows of it.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1  # type: ignore[attr-defined]
+    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    while level > 0:  # an operand that has no batch at a level comes back with one of size 1
+        lefts, rights = (torch._remove_batch_dim(t, level, 1, 0) for t in (a, b))
+        size = max(lefts.shape[0], rights.shape[0])
+        if size != 1:
+            pairs = zip(lefts.expand(size, *lefts.shape[1:]), rights.expand(size, *rights.shape[1:]), strict=True)
+            results = [differentiated(plans, direction, left, right, bias) for left, right in pairs]
+            return torch._add_batch_dim(torch.stack(results), 0, level)
+        a, b, level = lefts[0], rights[0], level - 1
     return _APPLY_BELOW(plans, direction, a, b, bias)
 
 

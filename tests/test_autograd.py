@@ -217,6 +217,59 @@ def test_autocast_is_torchs(way: Backend | None, low: torch.dtype) -> None:
         torch.testing.assert_close(mine.grad, torchs.grad, **tolerance)
 
 
+@pytest.mark.parametrize("c", SMALL, ids=lambda c: c.name)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "default")
+def test_autocast_around_the_backward_alone_changes_nothing(way: Backend | None, c: Case) -> None:
+    """Torch's own backward is exempt from autocast: what the forward met with counts."""
+    if declines(way, c):
+        return
+    tensors = leaves(c, torch.float32)
+    with through(way):
+        plain = torch.autograd.grad(call(c)(*tensors).square().sum(), tensors)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                loss = call(c)(*tensors).square().sum()
+            inside = torch.autograd.grad(loss, tensors, create_graph=True)
+            (again,) = torch.autograd.grad(inside[0].square().sum(), tensors[1])
+        (twice,) = torch.autograd.grad(
+            torch.autograd.grad(call(c)(*tensors).square().sum(), tensors, create_graph=True)[0].square().sum(),
+            tensors[1],
+        )
+    for mine, theirs in zip((*inside, again), (*plain, twice), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("config", ["", "layout=channels_last", "pad=explicit"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name if way else "default")
+def test_batches_of_gradients(way: Backend | None, config: str) -> None:
+    """``is_grads_batched`` and ``vectorize`` go through torch's older vmap, which knows few operations."""
+    c = SMALL[2] if way is None or way.name != "dual" else SMALL[4]
+    if declines(way, c) or (config and (way is None or way.name != "native")):
+        return
+    x, w, bias = leaves(c)
+    knobs = dict([config.split("=")]) if config else {}
+    with pinned(way.name, **knobs) if way is not None else nullcontext():
+        run = call(c)
+        y = run(x, w, bias)
+        g = torch.randn(3, *y.shape, dtype=y.dtype)
+        together = torch.autograd.grad(y, (x, w, bias), g, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            for mine, theirs in zip(
+                together, torch.autograd.grad(y, (x, w, bias), g[i], retain_graph=True), strict=True
+            ):
+                torch.testing.assert_close(mine[i], theirs)
+
+        def loss(x: Tensor, w: Tensor) -> Tensor:
+            return run(x, w, bias).pow(3).sum()
+
+        for vectorize in (True, False):
+            blocks = torch.autograd.functional.hessian(loss, (x, w), vectorize=vectorize)
+            flat = torch.cat([block.flatten() for row in blocks for block in row])
+            if vectorize:
+                kept = flat
+        torch.testing.assert_close(kept, flat)
+
+
 def test_a_layer_under_autocast_is_torchs() -> None:
     ours, theirs = adaptconv.AdaptiveConv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3)
     ours.load_state_dict(theirs.state_dict())
