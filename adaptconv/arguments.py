@@ -148,11 +148,13 @@ def check_operands(axes: int, x: Tensor, w: Tensor, b: Tensor | None, groups: in
 
 
 def check_extents(axes: int, x: Tensor, taps: TapPattern, pads: Padding) -> None:
-    """A padded input of at least one window.
+    """A padded input of at least one window, and something to pad.
 
     Raises:
-        ConvArgumentError: it is smaller.
+        ConvArgumentError: it is smaller, or an axis is empty.
     """
+    if 0 in x.shape[2:]:
+        raise ConvArgumentError(f"conv{axes}d: no axis of the input may be empty, padded or not; got {tuple(x.shape)}")
     for extent, window, (before, after) in zip(x.shape[2:], taps.window, pads, strict=True):
         if extent + before + after < window:
             raise ConvArgumentError(

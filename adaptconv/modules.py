@@ -58,6 +58,9 @@ class _Adaptive(nn.modules.conv._ConvNd):
             in_channels, out_channels, kernel_size if family is None else family.taps.window, stride, padding, dilation,
             groups, bias, padding_mode, device if family is None else "meta", dtype,  # type: ignore[arg-type]
         )  # fmt: skip
+        if padding_mode != "zeros" and isinstance(self.padding, tuple):  # torch repeats what it takes for one number
+            pairs = [p if isinstance(p, (tuple, list)) else (p, p) for p in self.padding]
+            self._reversed_padding_repeated_twice = [zeros for pair in reversed(pairs) for zeros in pair]
         if family is not None:
             if bias:
                 self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
@@ -223,6 +226,8 @@ class _Adaptive(nn.modules.conv._ConvNd):
             return traced(
                 self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps
             )  # fmt: skip
+        if torch._C._get_tracing_state() is not None or not isinstance(input, Tensor):
+            return self._recorded(input)
         if torch._C._is_any_autocast_enabled():
             input, weight, bias = ops.autocasted(input, weight, bias)
         padding = self.padding
@@ -233,6 +238,16 @@ class _Adaptive(nn.modules.conv._ConvNd):
         )  # fmt: skip
         self.__dict__["_last_call"] = call  # for the report: past nn.Module's slow __setattr__
         return call.run(input, weight, bias)
+
+    def _recorded(self, input: Any) -> Tensor:
+        """Under torch.jit.trace and torch.fx's tracer, which follow torch's own layer and nothing of ours."""
+        if self._family is None:
+            recorded: Tensor = super().forward(input)
+            return recorded
+        raise ConvArgumentError(
+            f"{type(self).__name__} with {self._family!r} takes tensors, and cannot be recorded by torch.jit.trace or "
+            f"torch.fx.symbolic_trace (got {type(input).__name__}): use torch.export or torch.compile"
+        )
 
     # ---- checkpoints, copies, words -----------------------------------------------------------
 

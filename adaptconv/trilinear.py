@@ -179,8 +179,8 @@ def _one_by_one(plans: Plans, direction: Direction, a: Tensor, b: Tensor, bias: 
 
     It has no rules for much of what backends do, and no function of torch.func knows of it.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1  # type: ignore[attr-defined]
-    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
     while level > 0:  # an operand that has no batch at a level comes back with one of size 1
         lefts, rights = (torch._remove_batch_dim(t, level, 1, 0) for t in (a, b))
         size = max(lefts.shape[0], rights.shape[0])

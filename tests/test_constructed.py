@@ -165,6 +165,41 @@ def test_what_is_made_linearly_of_something_that_is_not_is(first: str) -> None:
     assert site.made
 
 
+class Blur(nn.Module):
+    """One filter for every channel, expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filter", torch.ones(1, 1, 3, 3).expand(4, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, F.pad(self.filter, [0, 2, 0, 2]), groups=4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_tensors_that_overlap_themselves_are_looked_into() -> None:
+    (site,) = collect_sites(Blur(), (torch.randn(2, 4, 9, 9),))
+    assert (str(site.taps), site.made != "") == ("11100/11100/11100/00000/00000", True)
+
+
+@pytest.mark.parametrize("holes", [True, False], ids=["holes", "whole"])
+def test_a_kernel_made_in_channels_last_gives_the_answer_its_strides(
+    holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptconv.compile.inductor._missing_toolchain", lambda inputs: "a test asked for it")
+
+    def convolved(x: Tensor, w: Tensor) -> Tensor:
+        kernel = torch.cat([w, torch.zeros_like(w)], -1) if holes else w * 1
+        return F.conv2d(x, kernel.contiguous(memory_format=torch.channels_last), groups=2)
+
+    x, w = torch.randn(2, 4, 9, 9), torch.randn(4, 2, 3, 3)
+    with warnings.catch_warnings(), adaptconv.pinned("gather"):
+        warnings.filterwarnings("ignore", message=".*runs uncompiled")
+        ours = adaptconv.optimize(convolved)(x, w)
+    torch.testing.assert_close(ours, convolved(x, w))
+    assert ours.stride() == convolved(x, w).stride()
+
+
 def test_two_tensors_make_one_kernel() -> None:
     site = _found(["spaced", "joined"])
     assert str(site.taps) == "10101011"

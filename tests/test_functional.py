@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -52,6 +53,7 @@ BAD = [
     bad("bias-scalar", r"shape \[6\].*got \(\)", X, W, torch.tensor(1.0)),
     bad("window-over-input", r"smaller than the kernel's window.*\(8, 8\).*\(17, 17\)", X, W, dilation=8),
     bad("taps-over-input", r"smaller than the kernel's window.*\(2, 2\).*\(3, 3\)", X[..., :2, :2], K),
+    bad("taps-over-nothing", r"no axis of the input may be empty.*\(1, 4, 0, 8\)", X[:, :, :0], K, padding=2),
     bad("taps-of-another-rank", r"3 axes, got a pattern with window \(3, 3\)", X[None], K, axes=3),
     # groups
     bad("groups-zero", r"groups=0", X, W, groups=0),
@@ -401,6 +403,52 @@ torch.testing.assert_close(adaptconv.conv2d(x, w, groups=4).float(), right, rtol
 def test_a_call_on_which_onednn_never_returns_is_answered() -> None:
     """bfloat16 depthwise in channels_last under a wide kernel: torch 2.13's own call loops forever here."""
     subprocess.run([sys.executable, "-c", _ENDLESS], check=True, timeout=120, cwd=ROOT)
+
+
+_UNWRITTEN = """
+import torch, adaptconv
+torch.manual_seed(0)
+for extents, kernel, step, groups in (
+    ((20, 40), (3, 3), 2, 8), ((20, 29), (3, 5), (3, 1), 4), ((20, 40), (3, 3), 1, 8), ((3, 6, 6), (5, 3, 3), 1, 8)
+):
+    form = torch.channels_last if len(extents) == 2 else torch.channels_last_3d
+    conv = {2: adaptconv.conv2d, 3: adaptconv.conv3d}[len(extents)]
+    x = torch.randn(2, 8, *extents).bfloat16().contiguous(memory_format=form)
+    w = torch.randn(8, 8 // groups, *kernel).bfloat16().contiguous(memory_format=form)
+    way = {"padding": 2, "dilation": step, "groups": groups}
+    dy = torch.randn_like(conv(x, w, **way))
+    def gradient(x, w, dy):
+        return torch.autograd.grad(conv(x, w.requires_grad_(), **way), w, dy)[0]
+    right = gradient(x.double(), w.double(), dy.double())
+    for name in ("native", "dense", None):
+        with adaptconv.pinned(name) if name else torch.enable_grad():
+            got = gradient(x, w.detach(), dy)
+        assert (got.double() - right).norm() < 0.01 * right.norm(), (extents, name)
+"""
+
+
+def test_what_onednn_reads_unwritten_is_convolved_in_another_layout() -> None:
+    """bfloat16 weight gradients of grouped dilated kernels in channels_last: torch's own call sums up free memory."""
+    mess = {**os.environ, "MALLOC_PERTURB_": "170"}  # glibc fills what it gives out
+    subprocess.run([sys.executable, "-c", _UNWRITTEN], check=True, timeout=120, cwd=ROOT, env=mess)
+
+
+@pytest.mark.parametrize("way", ["native", "dense"])
+def test_channels_last_where_extents_of_1_leave_the_strides_open(way: str) -> None:
+    """Torch reads the layout off the strides: an input and a weight of which it does not think alike go wrong, on one
+    thread.
+    """
+    threads = torch.get_num_threads()
+    x = torch.randn(31, 27, 12, 1).permute(3, 2, 0, 1)
+    w, dy = torch.randn(48, 2, 1, 1, requires_grad=True), torch.randn(1, 48, 31, 27)
+    right = torch.autograd.grad(F.conv2d(x.double(), w.double(), groups=6), w, dy.double())[0]
+    try:
+        torch.set_num_threads(1)
+        with adaptconv.pinned(way, layout="channels_last"):
+            (got,) = torch.autograd.grad(adaptconv.conv2d(x, w, groups=6), w, dy)
+    finally:
+        torch.set_num_threads(threads)
+    assert (got - right).norm() < 1e-5 * right.norm()
 
 
 def test_flags_of_float32_that_differ_by_operation_are_no_error() -> None:

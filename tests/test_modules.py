@@ -162,6 +162,13 @@ def test_padding_modes_pad_the_window_of_the_taps(mode: str) -> None:
     torch.testing.assert_close(layer(x), F.conv2d(F.pad(x, (2, 2, 1, 1), mode=mode), layer.kernel.dense(), layer.bias))
 
 
+def test_pairs_of_padding_in_other_modes_than_zeros() -> None:
+    layer = AdaptiveConv2d(2, 2, 3, padding=((1, 2), 1), padding_mode="circular")
+    x = torch.randn(1, 2, 6, 7)
+    right = F.conv2d(F.pad(x, (1, 1, 1, 2), mode="circular"), layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), right)
+
+
 def test_a_layer_moves_between_dtypes_and_devices() -> None:
     layer = AdaptiveConv2d(2, 2, 3, padding=1)
     x = torch.randn(1, 2, 5, 5)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from adaptconv import AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d, pinned
-from adaptconv.errors import ConvTypeError
+from adaptconv.errors import ConvArgumentError, ConvTypeError
 from adaptconv.swap import adapt, restore
 
 PLAIN: list[Any] = [(nn.Conv1d, AdaptiveConv1d, 1), (nn.Conv2d, AdaptiveConv2d, 2), (nn.Conv3d, AdaptiveConv3d, 3)]
@@ -492,3 +492,19 @@ def test_adapting_needs_no_dcls_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_adapted_model_is_recorded_by_torchs_older_tracers() -> None:
+    model, x = Net().eval(), torch.randn(2, 3, 12, 12)
+    right = model(x)
+    adapt(model)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), right)
+    graph = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x), right)
+    assert "conv2d" in graph.code
+
+
+@pytest.mark.parametrize("record", [torch.fx.symbolic_trace, lambda model: torch.jit.trace(model, torch.ones(1, 2, 9))])
+def test_a_layer_with_taps_of_its_own_says_what_it_cannot_be_recorded_by(record: Any) -> None:
+    with pytest.raises(ConvArgumentError, match=r"torch\.export"):
+        record(nn.Sequential(AdaptiveConv1d(2, 3, taps="1011")))

@@ -146,6 +146,24 @@ def plain_call(problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Te
     return gradient
 
 
+def is_unsound(problem: Problem) -> bool:
+    """Whether torch's own channels_last call for a problem does not come back or comes back wrong."""
+    return never_returns(problem) or _misreads(problem)
+
+
+def _misreads(problem: Problem) -> bool:
+    """What oneDNN's bfloat16 channels_last weight gradient of grouped kernels (torch 2.11 to 2.15, AVX-512) takes from
+    memory that nothing wrote: where rows of taps lie apart and an output row is 29 or longer, at a stride of 1; and
+    in volumes thinner than the kernel. Without groups, in any other layout and in float16 it is sound.
+    """
+    if problem.direction is not Direction.GRAD_WEIGHT or problem.groups == 1:
+        return False
+    if problem.dtype != "bfloat16" or problem.device.kind != "cpu":
+        return False
+    grid = geometry(problem)
+    return grid is not None and (problem.axes == 3 or (problem.axes == 2 and grid.dilation[0] > 1))
+
+
 def never_returns(problem: Problem) -> bool:
     """Whether torch's own channels_last call for a FORWARD problem would not come back."""
     if problem.direction is not Direction.FORWARD or not problem.is_depthwise:
@@ -164,7 +182,7 @@ def _loops_forever(problem: Problem, channels: int, width: int, dilation: int) -
 
 def _working_format(problem: Problem, config: Config) -> torch.memory_format:
     layout = config["layout"]
-    if never_returns(problem):
+    if is_unsound(problem):
         return torch.contiguous_format
     if layout == "asis":
         return problem.memory_format

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Choice, Config, Space
-from adaptconv.backends.grid import geometry, grid_space, never_returns, run_grid
+from adaptconv.backends.grid import geometry, grid_space, is_unsound, run_grid
 from adaptconv.problem import Problem
 
 
@@ -46,7 +46,7 @@ def is_plain(problem: Problem, choice: Choice) -> bool:
     """Whether a choice is exactly the torch call that adaptconv stands in for."""
     if choice.backend != Native.name or choice.config != grid_space(problem).default:
         return False
-    if problem.layout != "contiguous" and never_returns(problem):
+    if problem.layout != "contiguous" and is_unsound(problem):
         return False
     grid = geometry(problem)
     # Uneven padding has no such call: torch itself pads first, as native does.

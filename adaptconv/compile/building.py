@@ -12,6 +12,7 @@ from adaptconv.backends.weights import picked
 from adaptconv.compile.nodes import Conv, current, hint, value
 from adaptconv.compile.probing import Made
 from adaptconv.compile.sites import Site, common_window
+from adaptconv.trilinear import layout_of
 
 
 def torchs_own(graph: fx.Graph, site: Site) -> fx.Node:
@@ -60,14 +61,24 @@ def _compact(graph: fx.Graph, conv: Conv) -> fx.Node:
         shape = (value(turned).shape[-2], -1, len(conv.taps))
         return _derived(graph, torch.reshape, (turned, shape), weight, value(turned).reshape(shape))
     if conv.made is not None and conv.made.columns is not None:
-        return _from_leaves(graph, conv, conv.made, conv.made.columns)
+        return _in_format(graph, conv, _from_leaves(graph, conv, conv.made, conv.made.columns))
     flat = _derived(graph, torch.flatten, (weight, 2), weight, value(weight).flatten(2))
     if conv.made is None:
         return flat
     window = conv.made.taps.window
     strides = [math.prod(window[axis + 1 :]) for axis in range(len(window))]
     live = [sum(i * step for i, step in zip(offset, strides, strict=True)) for offset in conv.made.taps.offsets]
-    return _placed(graph, flat, live)
+    return _in_format(graph, conv, _placed(graph, flat, live))
+
+
+def _in_format(graph: fx.Graph, conv: Conv, kernel: fx.Node) -> fx.Node:
+    """A compact weight with channels innermost where the written one has them so: torch's answer takes after it."""
+    if layout_of(value(conv.x), value(conv.weight)) != "mixed":
+        return kernel
+    turned = _derived(graph, torch.transpose, (kernel, 1, 2), kernel, value(kernel).transpose(1, 2))
+    laid = graph.call_method("contiguous", (turned,))
+    laid.meta = {**kernel.meta, "example_value": value(turned).contiguous()}
+    return _derived(graph, torch.transpose, (laid, 1, 2), kernel, value(laid).transpose(1, 2))
 
 
 def _from_leaves(graph: fx.Graph, conv: Conv, made: Made, columns: Sequence[Sequence[int]]) -> fx.Node:

@@ -210,7 +210,7 @@ def _untouched(model: Any) -> Iterator[None]:
     """Put back buffers (batch-norm statistics) and random state that a trial call may change."""
     buffers: list[tuple[Tensor, Tensor]] = []
     if isinstance(model, nn.Module):
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        buffers = [(b, b.detach().clone()) for b in model.buffers() if 0 not in b.stride()]  # expanded: read-only
     with torch.random.fork_rng():
         try:
             yield

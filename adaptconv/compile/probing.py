@@ -88,8 +88,10 @@ def _by(window: Sequence[int]) -> str:
 
 
 def _like(leaf: fx.Node) -> Tensor:
-    """An empty tensor with a leaf's shape, strides and dtype, on the CPU."""
+    """An empty tensor with a leaf's shape, strides and dtype, on the CPU; one that overlaps itself cannot be filled."""
     value = leaf.meta["example_value"]
+    if 0 in value.stride():
+        return torch.empty(tuple(value.shape), dtype=value.dtype, device="cpu")
     return torch.empty_strided(tuple(value.shape), tuple(value.stride()), dtype=value.dtype, device="cpu")
 
 
