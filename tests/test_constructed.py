@@ -200,6 +200,15 @@ def test_a_kernel_made_in_channels_last_gives_the_answer_its_strides(
     assert ours.stride() == convolved(x, w).stride()
 
 
+def test_autocast_within_the_model_hides_nothing() -> None:
+    def convolved(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.conv1d(x, _spaced(w, w))
+
+    (site,) = collect_sites(convolved, (torch.randn(2, 4, 9), torch.randn(4, 4, 3, requires_grad=True)), train=True)
+    assert (str(site.taps), site.reason) == ("3d2", "")
+
+
 def test_two_tensors_make_one_kernel() -> None:
     site = _found(["spaced", "joined"])
     assert str(site.taps) == "10101011"

@@ -110,7 +110,8 @@ class Effects:
         if not torch.is_grad_enabled():
             return False
         start = self.order[after]
-        return any(self.order[n] > start and (to is None or to & touched) for n, to in self.mutators)
+        later = ((n, to) for n, to in self.mutators if self.order[n] > start and n not in self.modes)
+        return any(to is None or to & touched for _, to in later)
 
     def changed(self, touched: Storages, after: fx.Node, before: fx.Node, but: Sequence[fx.Node] = ()) -> bool:
         """Whether storages may be written to, or a mode changed, strictly between two nodes."""
