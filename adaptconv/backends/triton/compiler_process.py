@@ -105,13 +105,13 @@ def kernels_of(pairs: Sequence[tuple[Problem, Choice]]) -> list[Kernel]:
     try:
         for problem, choice in pairs:
             with contextlib.suppress(Exception):  # the GPU's process will meet it again, and say what it is
-                op.compute_of(choice.backend)(problem, choice.config, *_nowhere(problem))
+                op.compute_of(choice.backend)(problem, choice.config, *nowhere(problem))
     finally:
         knobs.runtime.jit_cache_hook = before
     return list(found)
 
 
-def _nowhere(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+def nowhere(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands with shapes and no memory."""
 
     def empty(shape: Sequence[int], form: torch.memory_format = torch.contiguous_format) -> Tensor:
