@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from adaptconv import ops, ranks, sharding
 from adaptconv.errors import ConvArgumentError
@@ -226,7 +226,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
             return traced(
                 self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps
             )  # fmt: skip
-        if torch._C._get_tracing_state() is not None or not isinstance(input, Tensor):
+        if torch._C._get_tracing_state() is not None or isinstance(input, fx.Proxy):
             return self._recorded(input)
         if torch._C._is_any_autocast_enabled():
             input, weight, bias = ops.autocasted(input, weight, bias)
@@ -245,8 +245,8 @@ class _Adaptive(nn.modules.conv._ConvNd):
             recorded: Tensor = super().forward(input)
             return recorded
         raise ConvArgumentError(
-            f"{type(self).__name__} with {self._family!r} takes tensors, and cannot be recorded by torch.jit.trace or "
-            f"torch.fx.symbolic_trace (got {type(input).__name__}): use torch.export or torch.compile"
+            f"{type(self).__name__} with {self._family!r} cannot be recorded by torch.jit.trace or "
+            f"torch.fx.symbolic_trace: use torch.export or torch.compile"
         )
 
     # ---- checkpoints, copies, words -----------------------------------------------------------
