@@ -226,7 +226,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
             return traced(
                 self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps
             )  # fmt: skip
-        if torch._C._get_tracing_state() is not None or isinstance(input, fx.Proxy):
+        if isinstance(input, fx.Proxy) or (family is None and torch._C._get_tracing_state() is not None):
             return self._recorded(input)
         if torch._C._is_any_autocast_enabled():
             input, weight, bias = ops.autocasted(input, weight, bias)
@@ -245,8 +245,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
             recorded: Tensor = super().forward(input)
             return recorded
         raise ConvArgumentError(
-            f"{type(self).__name__} with {self._family!r} cannot be recorded by torch.jit.trace or "
-            f"torch.fx.symbolic_trace: use torch.export or torch.compile"
+            f"{type(self).__name__} with {self._family!r} cannot be recorded by torch.fx's tracer: use torch.export"
         )
 
     # ---- checkpoints, copies, words -----------------------------------------------------------

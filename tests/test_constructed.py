@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adaptconv
 from adaptconv.compile.linear import _FUNCTIONS, _LINEAR_IN, _PRODUCTS
-from adaptconv.compile.optimize import collect_sites
+from adaptconv.compile.optimize import _untouched, collect_sites
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -180,6 +180,29 @@ class Blur(nn.Module):
 def test_tensors_that_overlap_themselves_are_looked_into() -> None:
     (site,) = collect_sites(Blur(), (torch.randn(2, 4, 9, 9),))
     assert (str(site.taps), site.made != "") == ("11100/11100/11100/00000/00000", True)
+
+
+class Counting(nn.Module):
+    """Buffers of every kind, changed by a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("expanded", torch.zeros(1).expand(3))
+        self.register_buffer("single", torch.tensor(0.0))
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.expanded.fill_(7)
+        self.single += 1
+        self.sparse.mul_(2)
+        return F.conv1d(x, torch.ones(1, 1, 3))
+
+
+def test_a_trial_call_leaves_buffers_of_every_kind_as_they_were() -> None:
+    model = Counting()
+    with _untouched(model):
+        model(torch.randn(1, 1, 9))
+    assert (float(model.expanded.sum()), float(model.single), float(model.sparse.to_dense().sum())) == (0, 0, 3)
 
 
 @pytest.mark.parametrize("holes", [True, False], ids=["holes", "whole"])

@@ -157,24 +157,10 @@ def _value(text: str) -> Value:
 
 
 def laid_out(t: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A tensor in a memory format; as it is under a torch.func transform, where formats cannot be asked for.
-
-    The strides of axes of extent 1 are the format's own too: torch reads formats off them, where two operands that it
-    reads differently are convolved wrong.
-    """
-    if memory_format is torch.contiguous_format:
-        return t.contiguous()
-    if transformed():
+    """A tensor in a memory format; as it is under a torch.func transform, where formats cannot be asked for."""
+    if memory_format is not torch.contiguous_format and transformed():
         return t
-    t = t.contiguous(memory_format=memory_format)
-    if 1 not in t.shape:
-        return t
-    _, c, *spatial = t.shape
-    steps = [c]
-    for extent in reversed(spatial[1:]):
-        steps.insert(0, steps[0] * extent)
-    wanted = (math.prod(spatial) * c, 1, *steps)
-    return t if t.stride() == wanted else t.as_strided(t.shape, wanted)
+    return t.contiguous(memory_format=memory_format)
 
 
 def one_by_one(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:

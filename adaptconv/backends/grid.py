@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends.base import Config, Knob, Space, laid_out
+from adaptconv.backends.base import Config, Knob, Space, laid_out, transformed
 from adaptconv.backends.stand_in import is_ordinary, stand_in
 from adaptconv.backends.weights import adjoint_weight
 from adaptconv.problem import Direction, Padding, Problem
@@ -146,6 +146,22 @@ def plain_call(problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Te
     return gradient
 
 
+def _laid_strictly(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """An operand of torch's in a memory format, the strides of axes of extent 1 too.
+
+    Torch reads formats off them, and convolves wrong where it reads one operand's otherwise than another's.
+    """
+    t = laid_out(t, memory_format)
+    if memory_format is torch.contiguous_format or 1 not in t.shape or transformed():
+        return t
+    _, c, *spatial = t.shape
+    steps = [c]
+    for extent in reversed(spatial[1:]):
+        steps.insert(0, steps[0] * extent)
+    wanted = (math.prod(spatial) * c, 1, *steps)
+    return t if t.stride() == wanted else t.as_strided(t.shape, wanted)
+
+
 def is_unsound(problem: Problem) -> bool:
     """Whether torch's own channels_last call for a problem does not come back or comes back wrong."""
     return never_returns(problem) or _misreads(problem)
@@ -213,11 +229,11 @@ def _forward(
     problem: Problem, grid: Geometry, config: Config, memory_format: torch.memory_format,
     x: Tensor, w: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    weight = laid_out(w.reshape(*w.shape[:2], *grid.size), memory_format)
+    weight = _laid_strictly(w.reshape(*w.shape[:2], *grid.size), memory_format)
     padding = grid.symmetric if config["pad"] == "implicit" else None
     if padding is None:
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
-    x = laid_out(x, memory_format)
+    x = _laid_strictly(x, memory_format)
     return _CONV[problem.axes](x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
 
 
@@ -230,8 +246,8 @@ def _grad_input(
         # The working format travels as the adjoint's own layout: its knobs are a forward's.
         knobs = Config(layout=config["layout"], pad=config["pad"])
         return run_grid(adjoint, knobs, dy, adjoint_weight(w, problem.groups))
-    weight = laid_out(w.reshape(*w.shape[:2], *grid.size), memory_format)
-    dy = laid_out(dy, memory_format)
+    weight = _laid_strictly(w.reshape(*w.shape[:2], *grid.size), memory_format)
+    dy = _laid_strictly(dy, memory_format)
     padding = grid.symmetric if config["pad"] == "implicit" else None
     cropped = padding is None
     spatial = problem.spatial
@@ -251,8 +267,8 @@ def _grad_weight(
     padding = grid.symmetric if config["pad"] == "implicit" else None
     if padding is None:
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
-    x = laid_out(x, memory_format)
-    dy = laid_out(dy, memory_format)
+    x = _laid_strictly(x, memory_format)
+    dy = _laid_strictly(dy, memory_format)
     weight = stand_in(x, (problem.c_out, problem.c_in // problem.groups, *grid.size), memory_format)
     dw: Tensor = _backward(problem, grid, dy, x, weight, padding, (False, True, False))[1]
     return dw.flatten(2)
@@ -270,8 +286,8 @@ def _grad_weight_grouped(
     if _loops_forever(problem, batch * problem.c_in, dy.shape[-1], problem.stride[-1]):
         memory_format = torch.contiguous_format
     padded = _padded(x, grid.pads)
-    source = laid_out(padded.reshape(1, batch * problem.c_in, *padded.shape[2:]), memory_format)
-    filters = laid_out(dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]), memory_format)
+    source = _laid_strictly(padded.reshape(1, batch * problem.c_in, *padded.shape[2:]), memory_format)
+    filters = _laid_strictly(dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]), memory_format)
     padding = (0,) * problem.axes
     dw = _CONV[problem.axes](source, filters, None, grid.dilation, padding, problem.stride, batch * problem.c_in)
     for axis, count in enumerate(grid.size):

@@ -110,7 +110,8 @@ class Effects:
         if not torch.is_grad_enabled():
             return False
         start = self.order[after]
-        later = ((n, to) for n, to in self.mutators if self.order[n] > start and n not in self.modes)
+        plain = {n for n in self.modes if not isinstance(n.target, torch._ops.HigherOrderOperator)}  # which run a graph
+        later = ((n, to) for n, to in self.mutators if self.order[n] > start and n not in plain)
         return any(to is None or to & touched for _, to in later)
 
     def changed(self, touched: Storages, after: fx.Node, before: fx.Node, but: Sequence[fx.Node] = ()) -> bool:

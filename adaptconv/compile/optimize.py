@@ -205,12 +205,19 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def _distinct(buffer: Tensor) -> Tensor:
+    """A buffer, or of one that was expanded the elements that have memory of their own."""
+    if buffer.layout is not torch.strided or buffer.is_mkldnn:
+        return buffer
+    return buffer[tuple(slice(0, 1) if step == 0 else slice(None) for step in buffer.stride())]
+
+
 @contextmanager
 def _untouched(model: Any) -> Iterator[None]:
     """Put back buffers (batch-norm statistics) and random state that a trial call may change."""
     buffers: list[tuple[Tensor, Tensor]] = []
     if isinstance(model, nn.Module):
-        buffers = [(b, b.detach().clone()) for b in model.buffers() if 0 not in b.stride()]  # expanded: read-only
+        buffers = [(buffer, buffer.detach().clone()) for buffer in map(_distinct, model.buffers())]
     with torch.random.fork_rng():
         try:
             yield

@@ -224,6 +224,6 @@ def _stages(problem: Problem, tiles: tuple[str, ...], most: int) -> tuple[int, .
     room = card(problem.device).shared_bytes
     widest = max(
         STEP_BYTES * (columns_of(config) + (tile_of(config)[0] or _PLACES[-1]))
-        for config in (Config(tile=tile) for tile in tiles)
+        for config in (Config(tile=tile, axis=axis) for tile in tiles for axis in _axes(problem))
     )
     return tuple(s for s in range(2, most + 1) if s * widest <= room) or (2,)
