@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,15 +37,19 @@ _threads = torch.get_num_threads
 _deterministic = torch.are_deterministic_algorithms_enabled
 _precision = torch.get_float32_matmul_precision
 _tf32 = torch._C._get_cudnn_allow_tf32
+_onednn = partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
 
 
 def _float32_flags() -> tuple[object, ...]:
     """How precise float32 must be, as the flags stand; by operation where they differ from the older, common ones."""
     try:
-        return _precision(), _tf32()
+        return _precision(), _tf32(), _onednn()
     except RuntimeError:
         flags: Any = torch.backends
-        return flags.cuda.matmul.fp32_precision, flags.mkldnn.matmul.fp32_precision, flags.cudnn.conv.fp32_precision
+        return (
+            flags.cuda.matmul.fp32_precision, flags.mkldnn.matmul.fp32_precision, flags.cudnn.conv.fp32_precision,
+            _onednn(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

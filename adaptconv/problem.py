@@ -33,7 +33,7 @@ class Device:
 
     Attributes:
         kind: "cpu", "cuda", ...
-        name: processor or card, as its driver names it (with the vector extension on a CPU).
+        name: processor or card, as its driver names it (with the vector and matrix extensions on a CPU).
         threads: torch's intra-op threads on a CPU, 0 elsewhere.
     """
 
@@ -72,7 +72,10 @@ def _cpu(threads: int) -> Device:
     name = facts.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in facts:  # virtual machines tell the brand alone, and generations differ
         name += f" f{facts['cpu family']}m{facts.get('model', '')}"
-    return Device("cpu", f"{name} {torch.backends.cpu.get_cpu_capability()}", threads)
+    name += f" {torch.backends.cpu.get_cpu_capability()}"
+    if "amx_tile" in facts.get("flags", "").split():  # may be hidden from a virtual machine
+        name += " AMX"
+    return Device("cpu", name, threads)
 
 
 @cache
@@ -232,14 +235,22 @@ def same_padding(window: Sequence[int]) -> Padding:
 
 
 def fp32_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Say "ieee", or which reduced-precision float32 paths the torch flags allow on this device."""
+    """Say "ieee", or which reduced-precision float32 paths the torch flags allow on this device.
+
+    Of float16 on a CPU it says so too, where float32 may be less precise than it.
+    """
+    on_cpu = device.type == "cpu"
+    conv = "ieee"
+    if on_cpu:  # half precision may be computed in float32
+        conv = str(torch.backends.mkldnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        conv = "ieee" if conv == "none" or (conv == "tf32" and dtype is not torch.float32) else conv
     if dtype is not torch.float32:
-        return "ieee"
+        return f"conv-{conv}" if dtype is torch.float16 and conv != "ieee" else "ieee"
     allowed = []
     try:
         matmul = torch.get_float32_matmul_precision()
     except RuntimeError:  # the flags of one backend say something else than that of all
-        of_device = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+        of_device = torch.backends.mkldnn if on_cpu else torch.backends.cuda
         matmul = str(of_device.matmul.fp32_precision)
         matmul = {"ieee": "highest", "none": "highest", "tf32": "high"}.get(matmul, matmul)
     if matmul != "highest":
@@ -249,8 +260,8 @@ def fp32_precision(dtype: torch.dtype, device: torch.device) -> str:
             conv = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
         except RuntimeError:  # the per-backend fp32_precision flags are in use
             conv = str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
-        if conv != "ieee":
-            allowed.append(f"conv-{conv}")
+    if conv != "ieee":
+        allowed.append(f"conv-{conv}")
     return "+".join(allowed) or "ieee"
 
 

@@ -238,10 +238,15 @@ _CONTROL_ROWS = (
 _ROWS = _DENSE_ROWS + _DEPTHWISE_ROWS + _CONTROL_ROWS
 _CPU = tuple(row.layer(row.cpu, "float32") for row in _ROWS)
 _CPU_BF16 = tuple(row.layer(row.cpu, "bfloat16") for row in _ROWS)
+_CPU_FP16 = tuple(row.layer(row.cpu, "float16") for row in _ROWS)
 _GPU = tuple(row.layer(row.full, "bfloat16") for row in _ROWS)
 _QUICK = (
     "deeplabv3-aspp-d18", "drn-d4", "wavenet-d512", "vnet-d2", "dcls-s1-34of17", "replknet-s3-k27", "van-k7d3",
     "convtasnet-d128", "conformer-k31", "partial-dw-13of21", "mamba-k4",
+)  # fmt: skip
+_HALVES = (
+    "deeplabv3-aspp-d18", "drn-d4", "wavenet-d512", "resnet50-stem", "resnet50-3x3", "resnet50-1x1", "resnext50-g32",
+    "dcls-s1-34of17", "replknet-s3-k27", "van-k7d3", "conformer-k31", "mamba-k4",
 )  # fmt: skip
 
 SUITES: dict[str, tuple[Layer, ...]] = {
@@ -251,11 +256,15 @@ SUITES: dict[str, tuple[Layer, ...]] = {
     "control": tuple(layer for layer in _CPU if layer.kind == "control"),
     "cpu-bf16": _CPU_BF16,
     "depthwise-bf16": tuple(layer for layer in _CPU_BF16 if layer.kind == "depthwise"),
+    "halves-bf16": tuple(layer for layer in _CPU_BF16 if layer.name in _HALVES),
+    "cpu-fp16": _CPU_FP16,
+    "halves-fp16": tuple(layer for layer in _CPU_FP16 if layer.name in _HALVES),
     "gpu": _GPU,
 }
 """Suites by name. "cpu": every layer cut for a small CPU, in float32. From it, "quick": a mix, native at its best and
 not; "depthwise"; "control": one group or few, one regular grid of taps, where torch is mostly right. "-bf16": the same
-layers in bfloat16. "gpu": every layer at full size in bfloat16."""
+layers in bfloat16; "-fp16": in float16; "halves-": a dozen of those, everyday and depthwise ones. "gpu": every layer at
+full size in bfloat16."""
 
 MUST_SHOW = (
     "dense-k17", "holes-34of17", "dcls-s1-34of17", "replknet-s1-k31", "slak-51x5", "van-k7d3", "uxnet3d-k7",

@@ -7,12 +7,13 @@ routing rules: oneDNN's depthwise kernels (the fast direct ones want channels_la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 
 from adaptconv import records
+from adaptconv.backends import halves
 from adaptconv.backends.base import Config
 from adaptconv.problem import Device, Direction, Problem
 from adaptconv.rates import DEFAULTS, Rates
@@ -71,6 +72,11 @@ def relayout_us(device: Device, count_bytes: float) -> float:
     return count_bytes / rates(device).relayout_gbytes * 1e-3
 
 
+def in_float32_us(cost: Callable[[Problem, Config], float], problem: Problem, config: Config) -> float:
+    """Microseconds of a half-precision problem computed in float32, the conversions included."""
+    return cost(*halves.widened(problem, config)) + traffic_us(problem.device, halves.converted_bytes(problem))
+
+
 def columns_us(problem: Problem, flops: float, count_bytes: float) -> float:
     """Microseconds of gathered columns, so many bytes written and read, and of their matrix product.
 
@@ -81,12 +87,16 @@ def columns_us(problem: Problem, flops: float, count_bytes: float) -> float:
     gflops = rate.matvec_gflops
     if outs > 1:
         gflops = rate.product_gflops * min(1.0, ins / 16) ** 0.5 * min(1.0, outs / 16)
+    if halves.is_half(problem) and not halves.has_kernels(problem.dtype):
+        gflops = min(gflops, rate.slow_gflops)
     product = flops / (gflops * _threads(problem.device)) * 1e-3
     return product + rate.gather_call_us + count_bytes / rate.columns_gbytes * 1e-3
 
 
 def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> float:
     """Microseconds of one grid through torch's convolution under its knobs; ``call_us`` is its fixed cost."""
+    if halves.is_wide(config):
+        return in_float32_us(lambda wide, knobs: grid_us(wide, knobs, call_us), problem, config)
     rate = rates(problem.device)
     threads = _threads(problem.device)
     asis = config["layout"] == "asis"
@@ -116,6 +126,9 @@ def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> f
             gflops *= _STRIDED
         if problem.axes == 1:  # torch moves one axis into the kernel's blocks of channels and back
             time += 3 * size / rate.relayout_gbytes * 1e-3
+    loops = halves.share_of_loops(problem, route)
+    if loops is not None:
+        gflops = min(gflops, rate.slow_gflops * loops)
     return time + problem.flops / (gflops * threads) * 1e-3
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adaptconv.backends import costs
+from adaptconv.backends import costs, halves
 from adaptconv.backends.base import Backend, Config, Space
 from adaptconv.backends.grid import grid_space, run_grid
 from adaptconv.backends.weights import constant, picked
@@ -59,6 +59,8 @@ class Dual(Backend):
 
     def cost(self, problem: Problem, config: Config) -> float:
         """The sum of its parts and of adding them up."""
+        if halves.is_wide(config):
+            return costs.in_float32_us(self.cost, problem, config)
         parts = _parts(problem)
         adds = (len(parts) - 1) * 3 * problem.bytes // 2
         call_us = costs.rates(problem.device).dual_call_us
@@ -66,6 +68,8 @@ class Dual(Backend):
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run every grid and add; low precision adds more than two parts in float32."""
+        if halves.is_wide(config):
+            return halves.in_float32(self.run, problem, config, a, b, bias)
         parts = _parts(problem)
         if problem.direction is Direction.GRAD_WEIGHT:
             return self._grad_weight(problem, config, a, b)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends import costs
+from adaptconv.backends import costs, halves
 from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
 from adaptconv.backends.gather import Gather
 from adaptconv.backends.grid import grid_space, run_grid
@@ -55,6 +55,8 @@ class Factored(Backend):
 
     def cost(self, problem: Problem, config: Config) -> float:
         """Each smoothing, and the bare grid."""
+        if halves.is_wide(config):
+            return costs.in_float32_us(self.cost, problem, config)
         call_us = costs.rates(problem.device).factored_call_us
         knobs = _knobs(config, smoothing=True)
         smoothing = sum(costs.grid_us(step, knobs, call_us) for step, _ in _smoothings(problem, config))
@@ -65,6 +67,8 @@ class Factored(Backend):
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Smooth and convolve, or the other way round for the input's gradient."""
+        if halves.is_wide(config):
+            return halves.in_float32(self.run, problem, config, a, b, bias)
         layout = _working_layout(problem, config)
         a = laid_out(a, _format(problem.axes, layout))
         core = replace(_core(problem), layout=layout)

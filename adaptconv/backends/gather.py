@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends import costs
+from adaptconv.backends import costs, halves
 from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
 from adaptconv.backends.weights import picked
 from adaptconv.problem import Direction, Problem
@@ -43,14 +43,16 @@ class Gather(Backend):
         return None
 
     def space(self, problem: Problem) -> Space:
-        """The bound of the workspace."""
+        """The bound of the workspace, and the dtype of half-precision arithmetic."""
         bounds = _bounds(problem) or _WORKSPACES
         default = 32 if 32 in bounds else bounds[0]
         text = "upper bound of the gathered columns kept at once, in MiB"
-        return Space((Knob("workspace_mib", bounds, default, text),))
+        return Space((Knob("workspace_mib", bounds, default, text), *halves.knobs(problem)))
 
     def cost(self, problem: Problem, config: Config) -> float:
         """A matrix product, plus writing and reading the columns."""
+        if halves.is_wide(config):
+            return costs.in_float32_us(self.cost, problem, config)
         live = len(_live(problem))
         columns = _image_bytes(problem) * problem.batch
         share = live / max(len(problem.taps), 1)
@@ -58,6 +60,8 @@ class Gather(Backend):
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Gather, multiply, and scatter back where the direction asks for it."""
+        if halves.is_wide(config):
+            return halves.in_float32(self.run, problem, config, a, b, bias)
         bound = int(config["workspace_mib"]) * _MIB
         if problem.direction is Direction.FORWARD:
             return _forward(problem, bound, a, b, bias)

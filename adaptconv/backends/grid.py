@@ -7,69 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptconv.backends import halves
 from adaptconv.backends.base import Config, Knob, Space, laid_out, transformed
+from adaptconv.backends.geometry import Geometry, geometry
 from adaptconv.backends.stand_in import is_ordinary, stand_in
 from adaptconv.backends.weights import adjoint_weight
-from adaptconv.problem import Direction, Padding, Problem
+from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern
 
 _CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """A single-grid problem as torch's convolution wants it.
-
-    Attributes:
-        size: taps an axis.
-        dilation: step an axis.
-        padding: zeros (before, after) an axis; negative where the window's border holds no tap and
-            reaches past the padding, so that the input is cropped.
-    """
-
-    size: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: Padding
-
-    @property
-    def symmetric(self) -> tuple[int, ...] | None:
-        """Padding as torch takes it, or None if it is uneven or negative."""
-        if all(before == after >= 0 for before, after in self.padding):
-            return tuple(before for before, _ in self.padding)
-        return None
-
-    @property
-    def pads(self) -> list[int]:
-        """Padding as ``F.pad`` takes it."""
-        return [zeros for pair in reversed(self.padding) for zeros in pair]
-
-
-@lru_cache(maxsize=4096)
-def _geometry(taps: TapPattern, padding: Padding) -> Geometry | None:
-    grid = taps.single_grid()
-    if grid is None:
-        return None
-    moved = tuple(
-        (before - origin, after - (window - origin - extent))
-        for (before, after), origin, window, extent in zip(padding, grid.origin, taps.window, grid.extent, strict=True)
-    )
-    return Geometry(grid.size, grid.dilation, moved)
-
-
-def geometry(problem: Problem) -> Geometry | None:
-    """The problem's taps as one grid with its own padding; None if they are not one grid."""
-    return _geometry(problem.taps, problem.padding)
-
-
 def grid_space(problem: Problem) -> Space:
-    """Knobs of one grid through torch: layout, padding, and the route a gradient takes."""
+    """Knobs of one grid through torch: layout, padding, the route a gradient takes, and the dtype it computes in."""
     here = "channels_last" if problem.memory_format is not torch.contiguous_format else "contiguous"
     other = "contiguous" if here == "channels_last" else "channels_last"
     pads = ("implicit", "explicit") if problem.device.kind == "cpu" else ("implicit",)  # cuDNN pads for nothing
@@ -84,16 +41,19 @@ def grid_space(problem: Problem) -> Space:
         knobs.append(
             Knob("route", ("native", "grouped"), "native", "torch's backward, or one grouped forward of x by dy")
         )
-    return Space(tuple(knobs))
+    return Space((*knobs, *halves.knobs(problem)))
 
 
 def run_grid(problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Run a single-grid problem in its direction; operands and result as in ``Backend.run``."""
     if problem.axes == 1 and config["layout"] == "channels_last":
         return _run_as_2d(problem, config, a, b, bias)
+    memory_format = _working_format(problem, config)
+    # Where it is traced, Inductor will choose the format.
+    if halves.is_wide(config) or halves.is_unsound(problem, memory_format if is_ordinary(a) else None, config):
+        return halves.in_float32(run_grid, problem, config, a, b, bias)
     grid = geometry(problem)
     assert grid is not None, "run_grid needs a single grid"
-    memory_format = _working_format(problem, config)
     if problem.direction is Direction.FORWARD:
         result = _forward(problem, grid, config, memory_format, a, b, bias)
     elif problem.direction is Direction.GRAD_INPUT:
@@ -162,44 +122,8 @@ def _laid_strictly(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     return t if t.stride() == wanted else t.as_strided(t.shape, wanted)
 
 
-def is_unsound(problem: Problem) -> bool:
-    """Whether torch's own channels_last call for a problem does not come back or comes back wrong."""
-    return never_returns(problem) or _misreads(problem)
-
-
-def _misreads(problem: Problem) -> bool:
-    """What oneDNN's bfloat16 channels_last weight gradient of grouped kernels (torch 2.11 to 2.15, AVX-512) takes from
-    memory that nothing wrote: where rows of taps lie apart and an output row is 29 or longer, at a stride of 1; and
-    in volumes thinner than the kernel. Without groups, in any other layout and in float16 it is sound.
-    """
-    if problem.direction is not Direction.GRAD_WEIGHT or problem.groups == 1:
-        return False
-    if problem.dtype != "bfloat16" or problem.device.kind != "cpu":
-        return False
-    grid = geometry(problem)
-    return grid is not None and (problem.axes == 3 or (problem.axes == 2 and grid.dilation[0] > 1))
-
-
-def never_returns(problem: Problem) -> bool:
-    """Whether torch's own channels_last call for a FORWARD problem would not come back."""
-    if problem.direction is not Direction.FORWARD or not problem.is_depthwise:
-        return False
-    grid = geometry(problem)
-    return grid is not None and _loops_forever(problem, problem.c_in, grid.size[-1], grid.dilation[-1])
-
-
-def _loops_forever(problem: Problem, channels: int, width: int, dilation: int) -> bool:
-    """What oneDNN's bfloat16 channels_last depthwise forward (seen in torch 2.13 on AVX-512) never returns on at
-    most 16 channels under an undilated kernel 15 or more wide; in any other layout it is sound.
-    """
-    on_cpu = problem.dtype == "bfloat16" and problem.device.kind == "cpu"
-    return on_cpu and channels <= 16 and width >= 15 and dilation == 1
-
-
 def _working_format(problem: Problem, config: Config) -> torch.memory_format:
     layout = config["layout"]
-    if is_unsound(problem):
-        return torch.contiguous_format
     if layout == "asis":
         return problem.memory_format
     if layout == "contiguous":
@@ -283,8 +207,6 @@ def _grad_weight_grouped(
     image and channel.
     """
     batch = problem.batch
-    if _loops_forever(problem, batch * problem.c_in, dy.shape[-1], problem.stride[-1]):
-        memory_format = torch.contiguous_format
     padded = _padded(x, grid.pads)
     source = _laid_strictly(padded.reshape(1, batch * problem.c_in, *padded.shape[2:]), memory_format)
     filters = _laid_strictly(dy.reshape(batch * problem.c_out, 1, *dy.shape[2:]), memory_format)

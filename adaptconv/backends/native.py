@@ -8,7 +8,9 @@ from torch import Tensor
 
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Choice, Config, Space
-from adaptconv.backends.grid import geometry, grid_space, is_unsound, run_grid
+from adaptconv.backends.geometry import geometry
+from adaptconv.backends.grid import grid_space, run_grid
+from adaptconv.backends.halves import is_unsound
 from adaptconv.problem import Problem
 
 
@@ -30,7 +32,7 @@ class Native(Backend):
         return None
 
     def space(self, problem: Problem) -> Space:
-        """Layout, padding, and the route a gradient takes."""
+        """Layout, padding, the route a gradient takes, and the dtype of half-precision arithmetic."""
         return grid_space(problem)
 
     def cost(self, problem: Problem, config: Config) -> float:
@@ -46,7 +48,7 @@ def is_plain(problem: Problem, choice: Choice) -> bool:
     """Whether a choice is exactly the torch call that adaptconv stands in for."""
     if choice.backend != Native.name or choice.config != grid_space(problem).default:
         return False
-    if problem.layout != "contiguous" and is_unsound(problem):
+    if is_unsound(problem):  # in any layout: a compiler may choose another
         return False
     grid = geometry(problem)
     # Uneven padding has no such call: torch itself pads first, as native does.

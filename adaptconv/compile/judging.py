@@ -11,6 +11,7 @@ from torch import fx
 from adaptconv import trilinear
 from adaptconv.backends import backend_named
 from adaptconv.backends.costs import is_modelled
+from adaptconv.backends.halves import has_kernels, is_half
 from adaptconv.compile.sites import Site
 from adaptconv.dispatch import COST_GAIN, Plan, Source, decisions
 from adaptconv.errors import BackendRejected
@@ -194,6 +195,7 @@ def _is_prepacked(site: Site, plans: Plans) -> bool:
         and len(site.members) == 1
         and site.members[0].kind == "conv"
         and plans.forward.choice.backend == "native"
+        and (not is_half(problem) or has_kernels(problem.dtype))
         and plans.forward.source is not Source.PINNED
     )
 

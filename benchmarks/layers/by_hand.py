@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends.grid import geometry
+from adaptconv.backends.geometry import geometry
 from adaptconv.backends.weights import spread_weight
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern

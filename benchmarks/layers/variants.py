@@ -27,7 +27,8 @@ from torch._dynamo.utils import counters
 
 import adaptconv
 from adaptconv import dispatch, trilinear
-from adaptconv.backends.grid import geometry, never_returns
+from adaptconv.backends.geometry import geometry
+from adaptconv.backends.halves import never_returns
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern
 from benchmarks.layers.by_hand import Way, ways_of
@@ -120,10 +121,11 @@ def fresh(function: Callable[..., Any]) -> Any:
 
 def _torchs(problem: Problem, tensors: Tensors, level: str) -> list[Variant]:
     hangs = _hangs(problem)
+    here = _hangs(problem, problem.memory_format)
     x, dy = tensors.x, None if problem.direction is Direction.FORWARD else tensors.dy
     found = []
     for way in ways_of(problem, tensors.w):
-        if not (hangs and problem.layout != "contiguous"):
+        if not here:
             found.append(Variant("eager", problem.layout, way.name, partial(way.function, x, dy, *way.weights)))
         if hangs or level == "eager":
             continue  # Inductor may choose the format in which torch's call does not return
@@ -136,10 +138,12 @@ def _torchs(problem: Problem, tensors: Tensors, level: str) -> list[Variant]:
     return found
 
 
-def _hangs(problem: Problem) -> bool:
-    """Whether torch's channels_last call may not come back, on the taps or on the dense kernel of their window."""
+def _hangs(problem: Problem, memory_format: torch.memory_format | None = None) -> bool:
+    """Whether torch's call may not come back, on the taps or on the dense kernel of their window; by default in any
+    memory format.
+    """
     filled = replace(problem, taps=TapPattern.grid(problem.taps.window))
-    return never_returns(problem) or never_returns(filled)
+    return never_returns(problem, memory_format) or never_returns(filled, memory_format)
 
 
 class _Held(nn.Module):
