@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -315,6 +318,33 @@ def test_several_channels_a_group(name: str, direction: Direction, dtype: torch.
     bound *= max(1.0, problem.flops / exact.numel() / 2000) ** 0.5  # a sum of so many thousands
     for config in CPP.space(problem):
         assert (CPP.run(problem, config, a, b).double() - exact).norm() / exact.norm() < bound, config
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+@pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_every_width_of_vector_and_every_compiler(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, machine: str
+) -> None:
+    """As the kernel is compiled on processors with vectors of 16 bytes (ARM's too are that wide) and of 32."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    if machine != "x86-64" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(build, "_TUNED", ((f"-march={machine}",),))
+    assert build.library().path.is_relative_to(fresh)
+    bounds = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}
+    for name, case in (GEOMETRIES | GROUPS).items():
+        for direction, dtype in itertools.product(Direction, bounds):
+            problem = problem_in(case.facing(direction), direction, dtype)
+            if CPP.rejects(problem):
+                continue
+            a, b = operands_of(problem)
+            exact = reference(problem_in(problem, direction, torch.float64), a.double(), b.double())
+            for config in CPP.space(problem):
+                apart = (CPP.run(problem, config, a, b).double() - exact).norm()
+                assert apart <= bounds[dtype] * exact.norm(), (name, direction, dtype, config)
 
 
 @needs_compiler
