@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaptconv import measure, records
+from adaptconv import measure
 from adaptconv.backends import Choice, backend_named
 from adaptconv.backends.costs import is_modelled
 from adaptconv.dispatch import decisions
 from adaptconv.measure import Timing
 from adaptconv.problem import Problem
-from adaptconv.records import Record, Rival
+from adaptconv.records import Record
 from adaptconv.tuner.bench import Bench, Discarded
 from adaptconv.tuner.bounds import least_us
 from adaptconv.tuner.entrants import by_hand, searches
-from adaptconv.tuner.final import Candidate, best_of_backends, chosen, finalists, too_close
+from adaptconv.tuner.final import Candidate, as_record, chosen, finalists, too_close
 
 if TYPE_CHECKING:
     from adaptconv.tuner.search import Search
@@ -94,6 +94,7 @@ class _Contest:
         self.bench = Bench(problem, device, seed)
         self.sound: dict[Choice, Candidate] = {}
         self.baseline, self.baseline_us = self._pick_baseline()
+        self.pace_us = self.baseline_us  # the fastest call so far
 
     def _pick_baseline(self) -> tuple[Choice, float]:
         """The baseline and a first idea of its time."""
@@ -105,13 +106,15 @@ class _Contest:
                 failures.append(f"{choice}: {failure}")
         if not errors:
             raise NoBaseline("; ".join(failures))
-        choice = next(iter(errors))
+        once = {choice: self.bench.once_us(self.bench.call(choice)) for choice in errors}
+        choice = min(errors, key=lambda choice: once[choice])
         if len(errors) > 1:
-            timings = self._timed(errors, 0.2, 3, 20)
-            choice = min(errors, key=lambda choice: timings[choice].p20_us)
+            if once[choice] < self.long_us:
+                timings = self._interleaved(errors, 0.2, 3, 20)
+                choice = min(errors, key=lambda choice: timings[choice].p20_us)
             self.bench.set_baseline(choice)
         self.sound[choice] = Candidate(choice, errors[choice], 1.0)
-        return choice, self.bench.once_us(self.bench.call(choice))
+        return choice, once[choice]
 
     # ---- screening ----------------------------------------------------------------------------
 
@@ -157,17 +160,20 @@ class _Contest:
                 ratio = self._hopeless(choice, taken)
                 if ratio is None:
                     errors[choice], first_us[choice] = error, taken
+                    self.pace_us = min(self.pace_us, taken)
                 else:
                     told[choice] = ratio
                     self.sound[choice] = Candidate(choice, error, ratio)
         left = deadline - monotonic()
-        for choice in self._unaffordable(first_us, left):
+        slow = [choice for choice, taken in first_us.items() if self._is_lost(taken)]
+        for choice in slow + self._unaffordable({c: us for c, us in first_us.items() if c not in slow}, left):
             told[choice] = ratio = first_us[choice] / self.baseline_us
             self.sound[choice] = Candidate(choice, errors.pop(choice), ratio)
         timings = self._timed([self.baseline, *errors], left, 3 if left > 0 else 2, 8) if errors else {}
         for choice, error in errors.items():
             # Of so few samples the fastest says most: a neighbour on the machine can only add time.
             told[choice] = ratio = timings[choice].min_us / timings[self.baseline].min_us
+            self.pace_us = min(self.pace_us, timings[choice].min_us)
             self.sound[choice] = Candidate(choice, error, ratio)
         for search, choices in proposals.items():
             for choice in choices:
@@ -199,7 +205,7 @@ class _Contest:
     def _unaffordable(self, first_us: Mapping[Choice, float], left: float) -> list[Choice]:
         """Whom there is no time to time: those whose first call was slowest. Their first call must do."""
         ranked = sorted(first_us, key=lambda choice: first_us[choice])
-        spent = _ROUNDS * self.baseline_us
+        spent = 0.0 if self._is_lost(self.baseline_us) else _ROUNDS * self.baseline_us
         for place, choice in enumerate(ranked):
             spent += _ROUNDS * first_us[choice]
             if spent > left * 1e6 and place >= _AT_LEAST:
@@ -215,17 +221,30 @@ class _Contest:
         """The candidate's ratio if its first call, and if need be one more, shows that timing it is a waste."""
         for _ in range(2):
             ratio = taken / self.baseline_us
+            if self._is_lost(taken):
+                break
             if taken <= _HOPELESS_US or ratio <= _HOPELESS:
                 return None
-            if ratio > _FAR:
-                break
             taken = min(taken, self.bench.once_us(self.bench.call(choice)))
         predicted = self._predicted_us(choice)
         if predicted is not None:
             self.hopeless[choice.backend] = min(predicted, self.hopeless.get(choice.backend, math.inf))
         return ratio
 
+    def _is_lost(self, us: float) -> bool:
+        """Whether a call is so long, next to the fastest so far, that one is all that will be spent on it: torch's own
+        loops for half precision take hundreds of times as long as what replaces them.
+        """
+        return us > _HOPELESS_US and us > _FAR * self.pace_us
+
     def _timed(self, choices: Iterable[Choice], seconds: float, least: int, most: int) -> dict[Choice, Timing]:
+        """Times of one interleaved run; a baseline that is lost is not run again."""
+        wanted = list(choices)
+        lost = [choice for choice in wanted if choice == self.baseline and self._is_lost(self.baseline_us)]
+        timings = self._interleaved([choice for choice in wanted if choice not in lost], seconds, least, most)
+        return {choice: Timing.of([self.baseline_us]) for choice in lost} | timings
+
+    def _interleaved(self, choices: Iterable[Choice], seconds: float, least: int, most: int) -> dict[Choice, Timing]:
         chosen = {str(choice): choice for choice in choices}
         calls = {name: self.bench.call(choice) for name, choice in chosen.items()}
         timings = measure.interleave(
@@ -245,7 +264,8 @@ class _Contest:
         """Run the final, and the photo finish if it takes one; the winner as a record."""
         left = deadline - monotonic()
         running = finalists(self.sound.values(), self.baseline, short=False)
-        if sum(self.sound[choice].ratio for choice in running) * self.baseline_us * 6 > left * 1e6:
+        run = [choice for choice in running if choice != self.baseline or not self._is_lost(self.baseline_us)]
+        if sum(self.sound[choice].ratio for choice in run) * self.baseline_us * 6 > left * 1e6:
             running = finalists(self.sound.values(), self.baseline, short=True)
         final = self._timed(running, min(1.0, 0.6 * left), 5, 40)
         near = too_close(final, self.baseline)
@@ -256,7 +276,7 @@ class _Contest:
         while winner != self.baseline and self._is_held_up(winner):
             last = {choice: timing for choice, timing in last.items() if choice != winner}
             winner = chosen(last, self.baseline)
-        return self._record(winner, last, final)
+        return as_record(self.problem, self.device, winner, self.baseline, self.sound, (final, last))
 
     def _is_held_up(self, choice: Choice) -> bool:
         """Whether on a GPU a choice loses to the baseline when Python launches both, as it does outside of graphs.
@@ -268,27 +288,3 @@ class _Contest:
         calls = {"winner": self.bench.call(choice), "baseline": self.bench.call(self.baseline)}
         timings = measure.interleave(calls, budget_s=0.1, device=self.device, max_rounds=20, warmup=0)
         return timings["winner"].p20_us > timings["baseline"].p20_us
-
-    def _record(self, winner: Choice, last: Mapping[Choice, Timing], final: Mapping[Choice, Timing]) -> Record:
-        native_us = last[self.baseline].p20_us
-        ratios = {choice: candidate.ratio for choice, candidate in self.sound.items()}
-        for run in (final, last):  # the latest run that timed it, always relative to the baseline of that run
-            ratios |= {choice: timing.p20_us / run[self.baseline].p20_us for choice, timing in run.items()}
-        ranked = sorted((Candidate(c, 0.0, ratio) for c, ratio in ratios.items()), key=lambda c: c.ratio)
-        rivals = tuple(
-            Rival(str(candidate.choice), candidate.ratio * native_us)
-            for name, candidate in best_of_backends(ranked).items()
-            if name != winner.backend
-        )
-        timing = last[winner]
-        return Record(
-            key=self.problem.key(), backend=winner.backend, version=winner.version, config=dict(winner.config),
-            p20_us=timing.p20_us, median_us=timing.median_us, p80_us=timing.p80_us, native_us=native_us,
-            error=_finite(self.sound[winner].error), native_error=_finite(self.sound[self.baseline].error),
-            toolchain=records.toolchain(self.device), measured_on=records.utc_now(), rivals=rivals,
-        )  # fmt: skip
-
-
-def _finite(error: float) -> float:
-    """An error as a record can hold it; where torch overflows, the relative error is 1 by its meaning."""
-    return error if math.isfinite(error) else 1.0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from adaptconv import records
 from adaptconv.backends import BACKENDS, Choice
 from adaptconv.measure import Timing
+from adaptconv.problem import Problem
+from adaptconv.records import Record, Rival
 
 TIE = 0.97  # a winner takes at most this share of the baseline's time, or the baseline stays
 NEAR = 1.05  # within this of the fastest, the order is not yet known
@@ -68,6 +74,36 @@ def chosen(timings: Mapping[Choice, Timing], baseline: Choice) -> Choice:
     order = {backend.name: place for place, backend in enumerate(BACKENDS)}
     same = [choice for choice in better if timings[choice].p20_us <= _SAME * best]
     return min(same, key=lambda choice: (order[choice.backend], len(set(choice.config.items())), str(choice)))
+
+
+def as_record(
+    problem: Problem, device: torch.device, winner: Choice, baseline: Choice, sound: Mapping[Choice, Candidate],
+    runs: Sequence[Mapping[Choice, Timing]],
+) -> Record:  # fmt: skip
+    """The winner of a problem as a record, with the best of each other backend; the last of the runs decided."""
+    last = runs[-1]
+    native_us = last[baseline].p20_us
+    ratios = {choice: candidate.ratio for choice, candidate in sound.items()}
+    for run in runs:  # the latest run that timed it, always relative to the baseline of that run
+        ratios |= {choice: timing.p20_us / run[baseline].p20_us for choice, timing in run.items()}
+    ranked = sorted((Candidate(c, 0.0, ratio) for c, ratio in ratios.items()), key=lambda c: c.ratio)
+    rivals = tuple(
+        Rival(str(candidate.choice), candidate.ratio * native_us)
+        for name, candidate in best_of_backends(ranked).items()
+        if name != winner.backend
+    )
+    timing = last[winner]
+    return Record(
+        key=problem.key(), backend=winner.backend, version=winner.version, config=dict(winner.config),
+        p20_us=timing.p20_us, median_us=timing.median_us, p80_us=timing.p80_us, native_us=native_us,
+        error=_finite(sound[winner].error), native_error=_finite(sound[baseline].error),
+        toolchain=records.toolchain(device), measured_on=records.utc_now(), rivals=rivals,
+    )  # fmt: skip
+
+
+def _finite(error: float) -> float:
+    """An error as a record can hold it; where torch overflows, the relative error is 1 by its meaning."""
+    return error if math.isfinite(error) else 1.0
 
 
 def best_of_backends(ranked: Iterable[Candidate]) -> dict[str, Candidate]:
