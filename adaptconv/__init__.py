@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from adaptconv import kernels as kernels
 from adaptconv._version import __version__ as __version__
 from adaptconv.backends import backend_names as backends
-from adaptconv.dispatch import pinned
 from adaptconv.errors import BackendRejected
 from adaptconv.functional import conv1d, conv2d, conv3d
 from adaptconv.kernel import Kernel
 from adaptconv.kernels.grid import dilate
 from adaptconv.modules import AdaptiveConv1d, AdaptiveConv2d, AdaptiveConv3d
+from adaptconv.pins import pinned
 from adaptconv.taps import TapPattern
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -17,12 +15,12 @@ from functools import partial
 from torch import Tensor
 
 from adaptconv import records
-from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named, backend_names
-from adaptconv.backends.base import Value
+from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named, backend_names, halves
 from adaptconv.backends.costs import is_modelled
 from adaptconv.backends.grid import plain_call
 from adaptconv.backends.native import Native, is_plain
 from adaptconv.errors import BackendRejected, UnknownKnob
+from adaptconv.pins import Pin, current_pin
 from adaptconv.problem import Direction, Problem
 from adaptconv.records import Record
 
@@ -33,6 +31,7 @@ NEAREST_WITHIN = 2.0  # distance beyond which a neighbour says nothing: two size
 NEAREST_GAIN = 1.25  # a neighbour's gain over native below which native is kept; grows with its distance
 NEAREST_GAIN_PER_DISTANCE = 0.25
 COST_GAIN = 1.5  # a predicted gain over native below which native is kept
+COST_GAIN_HALF = 2.5  # likewise in half precision where torch has kernels: the model's constants are float32's
 
 
 class Source(str, Enum):
@@ -107,39 +106,8 @@ class Plan:
         return f"{self.problem}\n  plan: {self.choice}  (source: {self.source}; {self.why})"
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """A forced backend and the knobs given with it."""
-
-    backend: str
-    knobs: tuple[tuple[str, Value], ...] = ()
-
-
-_PIN: ContextVar[Pin | None] = ContextVar("adaptconv_pin", default=None)
-current_pin = _PIN.get
 _MEMO: dict[tuple[Problem, Pin | None], Plan] = {}
 _memo_epoch = -1
-
-
-@contextmanager
-def pinned(backend: str, **knobs: Value) -> Iterator[None]:
-    """Force a backend, in every direction, for the calls made inside.
-
-    Args:
-        backend: a registered name, see ``adaptconv.backends()``.
-        knobs: values for some of its knobs; the rest stay at their defaults.
-
-    Raises:
-        UnknownBackend: on entry, if the name is not registered.
-        BackendRejected: by the call inside that the backend declines.
-        UnknownKnob: by the call inside for which a knob or value is not declared.
-    """
-    backend_named(backend)
-    token = _PIN.set(Pin(backend, tuple(sorted(knobs.items()))))
-    try:
-        yield
-    finally:
-        _PIN.reset(token)
 
 
 def plan(problem: Problem) -> Plan:
@@ -148,7 +116,7 @@ def plan(problem: Problem) -> Plan:
     if records.epoch() != _memo_epoch:
         _MEMO.clear()
         _memo_epoch = records.epoch()
-    pin = _PIN.get()
+    pin = current_pin()
     decided = _MEMO.get((problem, pin))
     if decided is None:
         decided = _decide(problem, pin)
@@ -206,6 +174,11 @@ def explain_problem(problem: Problem) -> str:
         mark = "*" if answer.backend == decided.choice.backend else "+" if answer.accepts else "-"
         lines.append(f"  {mark} {answer.backend}: {answer.reason}")
     return "\n".join(lines)
+
+
+def cost_gain(problem: Problem) -> float:
+    """By what factor a plan must be predicted to gain before native, or what is written by hand, is left for it."""
+    return COST_GAIN_HALF if halves.is_half(problem) and halves.has_kernels(problem.dtype) else COST_GAIN
 
 
 def _decide(problem: Problem, pin: Pin | None) -> Plan:
@@ -304,6 +277,6 @@ def plan_from_costs(problem: Problem, note: str = "the database was not asked") 
         plain = native.default(problem)
         plain_us = native.cost(problem, plain.config)
         why += f" against native's {plain_us:,.0f} us"
-        if plain_us < COST_GAIN * predicted:
+        if plain_us < cost_gain(problem) * predicted:
             choice, why = plain, f"{why}, too close to leave native"
     return Plan(problem, choice, Source.COST, why, plain=is_plain(problem, choice))

@@ -12,6 +12,7 @@ import torch
 
 from adaptconv import calibration, measure
 from adaptconv._version import __version__
+from adaptconv.backends import halves
 from adaptconv.problem import Device
 from adaptconv.records import Store, default_store
 
@@ -103,11 +104,21 @@ def _devices() -> Iterator[Finding]:
     speed = f"copies {limits['copy_gb_s']:.0f} GB/s, multiplies {limits['gemm_gflop_s']:.0f} GFLOP/s in float32"
     device = Device.of(torch.device("cpu"))
     yield Finding("good", "CPU", f"{device}; {speed}", f"records for it are kept under '{device.slug}'")
+    yield _half_precision()
     if not torch.cuda.is_available():
         yield Finding("note", "GPU", "none that torch can use", "everything runs on the CPU")
     for index in range(torch.cuda.device_count()):
         gpu = Device.of(torch.device("cuda", index))
         yield Finding("good", f"GPU {index}", str(gpu), f"records for it are kept under '{gpu.slug}'")
+
+
+def _half_precision() -> Finding:
+    missing = [dtype for dtype in halves.HALVES if not halves.has_kernels(dtype)]
+    if missing:
+        fact = f"torch has no kernels for {' and '.join(missing)} on this processor"
+        return Finding("note", "half precision", fact, "its loops are slow: convolutions are computed in float32")
+    fact = "torch has kernels for bfloat16, and for float16 but not for its weight gradients"
+    return Finding("good", "half precision", fact, "where it has none, convolutions are computed in float32")
 
 
 def _database(store: Store) -> Iterator[Finding]:

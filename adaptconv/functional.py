@@ -21,9 +21,9 @@ from adaptconv.arguments import (
     checked_ints,
     checked_padding,
 )  # fmt: skip
-from adaptconv.dispatch import current_pin
 from adaptconv.errors import ConvArgumentError, ConvTypeError
 from adaptconv.kernel import Kernel
+from adaptconv.pins import current_pin
 from adaptconv.problem import Padding
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans

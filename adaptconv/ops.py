@@ -23,6 +23,7 @@ from adaptconv.backends.base import transformed
 from adaptconv.backends.dense import Dense
 from adaptconv.dispatch import Plan
 from adaptconv.errors import BackendRejected, UnknownKnob
+from adaptconv.pins import current_pin
 from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import (
@@ -65,7 +66,7 @@ def auto_plan() -> str:
     """
     rank, world = ranks.rank_and_world()
     versions = [(backend.name, backend.version) for backend in BACKENDS]
-    database, pin, threads = records.default_store().digest(), dispatch.current_pin(), torch.get_num_threads()
+    database, pin, threads = records.default_store().digest(), current_pin(), torch.get_num_threads()
     digest = hashlib.sha256(repr((__version__, versions, database, pin, threads)).encode()).hexdigest()[:16]
     return f"{AUTO}{digest}" + (f"@{rank}of{world}" if world > 1 else "")
 
@@ -109,7 +110,7 @@ def _conv(
 
 
 def _is_pinned_dense() -> bool:
-    pin = dispatch.current_pin()
+    pin = current_pin()
     return pin is not None and pin.backend == Dense.name
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from adaptconv import cli, records
+from adaptconv import cli, doctor, records
 from tests.test_rates import _steady
 from tests.test_reports import _problem, _remember
 
@@ -135,6 +135,9 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     assert "C++ compiler: none found" in out
     assert "runs them uncompiled" in out
     assert "tuning writes to" in out
+    assert "half precision: torch has " in out and "computed in float32" in out
+    monkeypatch.setattr(doctor.halves, "has_kernels", lambda dtype: dtype != "float16")
+    assert "half precision: torch has no kernels for float16 on this processor" in run(capsys, "doctor")[1]
 
 
 def test_doctor_calibrates_and_says_so_afterwards(capsys, monkeypatch, tmp_path):

@@ -40,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("problem",),
     ("arguments", "plots", "table", "kernel", "reference", "records", "ranks", "sharding"),
     ("backends",),
+    ("pins",),
     ("dispatch",),
     ("trilinear",),
     ("ops",),
