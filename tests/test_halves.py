@@ -234,6 +234,12 @@ for dtype in (torch.float16, torch.bfloat16):
 """
 
 
+def test_a_torch_without_onednn_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert not halves.has_kernels.__wrapped__("float16") and not halves.has_kernels.__wrapped__("bfloat16")
+
+
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="oneDNN's ISAs of x86")
 def test_a_processor_without_instructions_for_it_computes_in_float32() -> None:
     """oneDNN can be told to do as an older processor has to."""

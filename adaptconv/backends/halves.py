@@ -32,9 +32,10 @@ def is_half(problem: Problem) -> bool:
 @cache
 def has_kernels(dtype: str) -> bool:
     """Whether oneDNN, as torch was built and on this processor, computes in a half-precision dtype at all."""
+    if not torch.backends.mkldnn.is_available():  # its operators are not there either
+        return False
     ops = torch.ops.mkldnn
-    asked = ops._is_mkldnn_fp16_supported if dtype == "float16" else ops._is_mkldnn_bf16_supported
-    return bool(torch.backends.mkldnn.is_available() and asked())
+    return bool(ops._is_mkldnn_fp16_supported() if dtype == "float16" else ops._is_mkldnn_bf16_supported())
 
 
 # ---- computing in float32 -----------------------------------------------------------------------------------
