@@ -1,9 +1,9 @@
 """Every figure of the README's performance section, in one command: ``python -m benchmarks.cpu --out DIR``.
 
 Runs, one after the other and each in a process of its own: the layers in float32 against all that torch has, the
-depthwise layers in bfloat16, the whole networks, and what predictions and tuning cost against the best there is. What
-the database does not know is tuned first. About three hours on two cores; each step writes as it goes, and the command
-goes on where it was cut off. Run it on an otherwise idle machine.
+depthwise layers in bfloat16, a dozen layers in either half precision, the whole networks, and what predictions and
+tuning cost against the best there is. What the database does not know is tuned first. About three hours and a half on
+two cores; each step writes as it goes, and the command goes on where it was cut off. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _STEPS = {
     " --chart {pictures}/layers.png",
     "bfloat16": "benchmarks.run --suite depthwise-bf16 --tune --keep-memory --resume --seconds 0.7"
     " --out {out}/bf16-{slug}.json",
+    "halves-fp16": "benchmarks.run --suite halves-fp16 --rivals compile --tune --keep-memory --resume --seconds 0.6"
+    " --out {out}/halves-fp16-{slug}.json",
+    "halves-bf16": "benchmarks.run --suite halves-bf16 --rivals compile --tune --keep-memory --resume --seconds 0.6"
+    " --out {out}/halves-bf16-{slug}.json",
     "networks": "benchmarks.nets --tune --train --keep-memory --resume --out {out}/nets-{slug}.json"
     " --chart {pictures}/nets.png",
     "predictions": "benchmarks.regret --suite cpu --keep-memory --out {out}/regret-{slug}.json",
