@@ -3,7 +3,7 @@
 Runs, one after the other and each in a process of its own: the layers in float32 against all that torch has, the
 depthwise layers in bfloat16, a dozen layers in either half precision, the whole networks, and what predictions and
 tuning cost against the best there is. What the database does not know is tuned first. About three hours and a half on
-two cores; each step writes as it goes, and the command goes on where it was cut off. Run it on an otherwise idle machine.
+two cores; each step writes as it goes, and the command goes on where it was cut off. Run it on an idle machine.
 """
 
 from __future__ import annotations
