@@ -13,7 +13,7 @@ from adaptconv.backends import backend_named
 from adaptconv.backends.costs import is_modelled
 from adaptconv.backends.halves import has_kernels, is_half
 from adaptconv.compile.sites import Site
-from adaptconv.dispatch import Plan, Source, cost_gain, decisions
+from adaptconv.dispatch import COST_GAIN, Plan, Source, decisions
 from adaptconv.errors import BackendRejected
 from adaptconv.problem import Problem
 from adaptconv.taps import TapPattern
@@ -145,7 +145,7 @@ def _constructed_well(site: Site, plans: Plans, backends: set[str]) -> str:
         return "convolving with the kernel in full was measured to be faster" if slower else ""
     if not is_modelled(site.as_written.device):
         return "no measurement says that leaving out the holes gains: adaptconv.tune makes one"
-    if _us(in_full) < cost_gain(site.as_written) * _us(needed):
+    if _us(in_full) < COST_GAIN * _us(needed):
         return "leaving out the holes gains too little to be sure by prediction"
     return ""
 
@@ -248,7 +248,7 @@ def _sum_pays(plans: Plans) -> bool:
         return False
     as_written = sum(answer.predicted_us or 0.0 for answer, _ in pairs)
     as_planned = sum(backend_named(p.choice.backend).cost(p.problem, p.choice.config) for _, p in pairs)
-    return as_written >= cost_gain(plans.forward.problem) * as_planned
+    return as_written >= COST_GAIN * as_planned
 
 
 def report(site: Site, rewritten: bool, reason: str, plans: Plans | None) -> SiteReport:
