@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from adaptconv.arguments import (
 from adaptconv.errors import ConvArgumentError, ConvTypeError
 from adaptconv.kernel import Kernel
 from adaptconv.pins import current_pin
+from adaptconv.precision import float32_flags
 from adaptconv.problem import Padding
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans
@@ -35,21 +35,6 @@ _autocast = torch._C._is_any_autocast_enabled
 _grad = torch.is_grad_enabled
 _threads = torch.get_num_threads
 _deterministic = torch.are_deterministic_algorithms_enabled
-_precision = torch.get_float32_matmul_precision
-_tf32 = torch._C._get_cudnn_allow_tf32
-_onednn = partial(torch._C._get_fp32_precision_getter, "mkldnn", "conv")
-
-
-def _float32_flags() -> tuple[object, ...]:
-    """How precise float32 must be, as the flags stand; by operation where they differ from the older, common ones."""
-    try:
-        return _precision(), _tf32(), _onednn()
-    except RuntimeError:
-        flags: Any = torch.backends
-        return (
-            flags.cuda.matmul.fp32_precision, flags.mkldnn.matmul.fp32_precision, flags.cudnn.conv.fp32_precision,
-            _onednn(),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +147,7 @@ def prepared(
         key = (
             axes, input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), type(input),
             type(weight), type(bias), stride, padding, dilation, groups, taps, grad and input.requires_grad,
-            grad and weight.requires_grad, current_pin(), records.epoch(), _threads(), _float32_flags(),
+            grad and weight.requires_grad, current_pin(), records.epoch(), _threads(), float32_flags(),
             _deterministic(),
         )  # fmt: skip
         call = _CALLS.get(key)

@@ -24,7 +24,8 @@ from adaptconv.backends.dense import Dense
 from adaptconv.dispatch import Plan
 from adaptconv.errors import BackendRejected, UnknownKnob
 from adaptconv.pins import current_pin
-from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import (
     Plans,

@@ -19,7 +19,8 @@ from adaptconv.backends import Choice
 from adaptconv.backends.base import laid_out
 from adaptconv.dispatch import Plan, Source
 from adaptconv.errors import ConvArgumentError
-from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
 _autocast = torch._C._is_any_autocast_enabled

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision, same_padding
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Padding, Problem, same_padding
 from adaptconv.taps import TapPattern
 
 CPU_DEVICE = torch.device("cpu")

@@ -8,7 +8,8 @@ import torch
 
 from adaptconv.backends import BACKENDS
 from adaptconv.backends.triton.base import TritonBackend
-from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Padding, Problem
 from adaptconv.taps import TapPattern
 
 CPU = torch.device("cpu")

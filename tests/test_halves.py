@@ -20,7 +20,8 @@ from adaptconv.backends import Config, backend_named, halves
 from adaptconv.backends.native import is_plain
 from adaptconv.compile.judging import judge
 from adaptconv.compile.optimize import collect_sites
-from adaptconv.problem import Device, Direction, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Problem
 from adaptconv.taps import TapPattern
 from tests.cases import CPU
 

@@ -36,7 +36,7 @@ PROBLEM = CASES[0].problem(Direction.FORWARD, torch.float32)
 # From the ground up; a module may import its own floor and those below it, never one above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "graphs"),
-    ("grids", "tap_text", "tap_shapes", "taps", "measure", "rates"),
+    ("grids", "tap_text", "tap_shapes", "taps", "measure", "rates", "precision"),
     ("problem",),
     ("arguments", "plots", "table", "kernel", "reference", "records", "ranks", "sharding"),
     ("backends",),

@@ -18,7 +18,8 @@ from adaptconv import records
 from adaptconv.backends import Choice, Config, backend_named, backend_names
 from adaptconv.dispatch import Source, plan_from_choice
 from adaptconv.errors import AdaptConvError
-from adaptconv.problem import Device, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Problem
 from adaptconv.records import DatabaseError, DatabaseWarning, Record
 from adaptconv.tuner import contest, entrants
 from adaptconv.tuner.compiling import compiling

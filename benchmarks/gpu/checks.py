@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from adaptconv.backends import BACKENDS, Backend, Choice
-from adaptconv.problem import Device, Direction, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Problem
 from adaptconv.tuner.bench import Bench, Discarded
 from adaptconv.tuner.entrants import by_hand, promising
 from benchmarks.gpu.steps import begin

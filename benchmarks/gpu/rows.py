@@ -12,7 +12,8 @@ from tabulate import tabulate
 
 from adaptconv import dispatch
 from adaptconv.errors import told
-from adaptconv.problem import Direction, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Direction
 from benchmarks.facts import now
 from benchmarks.gpu.clock import device_us
 from benchmarks.gpu.steps import begin

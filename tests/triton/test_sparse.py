@@ -24,7 +24,8 @@ from adaptconv.backends.triton.sparse.tiles import (
     Tile,
     shared_bytes,
 )
-from adaptconv.problem import Device, Direction, Padding, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Padding, Problem
 from tests.triton.harness import DEVICE, RUNS, error_of, operands
 
 SPARSE = backend_named("sparse")

@@ -13,7 +13,8 @@ from torch import Tensor
 from adaptconv.backends.base import Choice, Config, laid_out, one_by_one
 from adaptconv.backends.dense import Dense
 from adaptconv.backends.triton import runtime
-from adaptconv.problem import Device, Direction, Problem, fp32_precision
+from adaptconv.precision import fp32_precision
+from adaptconv.problem import Device, Direction, Problem
 from adaptconv.taps import TapPattern
 
 Compute = Callable[[Problem, Config, Tensor, Tensor, Tensor | None], Tensor]
