@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,7 +335,8 @@ def test_every_width_of_vector_and_every_compiler(
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(build, "_TUNED", ((f"-march={machine}",),))
     assert build.library().path.is_relative_to(fresh)
-    bounds = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}
+    check_every_float16()
+    bounds = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}
     for name, case in (GEOMETRIES | GROUPS).items():
         for direction, dtype in itertools.product(Direction, bounds):
             problem = problem_in(case.facing(direction), direction, dtype)
@@ -378,18 +380,18 @@ RUNS = {  # what float64 has no loops for: taps one above the other, met by seve
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", RUNS)
 def test_weight_gradients_leave_out_only_what_is_zero(name: str, dtype: torch.dtype) -> None:
     problem = problem_in(RUNS[name], Direction.GRAD_WEIGHT, dtype)
     a, b = operands_of(problem)
     exact = reference(problem_in(problem, Direction.GRAD_WEIGHT, torch.float64), a.double(), b.double())
     error = (run(problem, a, b).double() - exact).norm() / exact.norm()
-    assert error < {torch.float32: 6e-7, torch.float64: 1e-14, torch.bfloat16: 3e-3}[dtype]
+    assert error < {torch.float32: 6e-7, torch.float64: 1e-14, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("direction", Direction, ids=str)
 @pytest.mark.parametrize("name", ["tiles of rows", "rows of a grid", "tiles of columns", "uneven", "tiles", "2 to 8"])
 def test_any_number_of_threads_gives_the_same_bits(name: str, direction: Direction, dtype: torch.dtype) -> None:
@@ -458,6 +460,33 @@ def test_bfloat16_rounds_once_to_nearest_even() -> None:
     values = torch.tensor([1e38, 3.3e38, -3.3e38, 1e-40, 0.0, -0.0, 1.0, 257.0] * 8).bfloat16().reshape(1, 1, 4, 16)
     weight = torch.full((1, 1, 1), 1.0078125, dtype=torch.bfloat16)
     assert torch.equal(run(one, values, weight), (values.float() * weight.float().reshape(1, 1, 1, 1)).bfloat16())
+
+
+@needs_compiler
+@pytest.mark.parametrize("flushed", [False, True])
+def test_float16_rounds_once_to_nearest_even(flushed: bool) -> None:
+    """Also where the processor takes its own subnormals for zero: those of float16 are none of them in float32."""
+    if not torch.set_flush_denormal(flushed):
+        pytest.skip("this processor cannot be told to")
+    try:
+        check_every_float16()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def check_every_float16() -> None:
+    """All float16 numbers times some weights, of which most products lie between two float16 numbers."""
+    problem = problem_of(Direction.FORWARD, "1", (1 << 16,), batch=1, channels=1, dtype=torch.float16)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    wide = torch.from_numpy(every.numpy().astype("float32"))  # not by torch, whose setting may be to flush
+    for factor in (1.0, -1.0, 0.5, 0.0009765625, 1.0009765625, 0.333251953125, 1024.0, -37.59375):
+        weight = torch.full((1, 1, 1), factor, dtype=torch.float16)
+        found = run(problem, every.reshape(1, 1, -1), weight).flatten()
+        with numpy.errstate(over="ignore", invalid="ignore"):
+            right = torch.from_numpy((wide.numpy() * numpy.float32(factor)).astype("float16"))
+        ours, true = found.view(torch.int16), right.view(torch.int16)
+        same = (ours == true) | ((ours | true) & 0x7FFF == 0)  # a sum that begins with 0 is never -0
+        assert (same | wide.isnan() & found.isnan()).all(), factor
 
 
 @needs_compiler

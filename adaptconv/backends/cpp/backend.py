@@ -69,8 +69,6 @@ class Cpp(Backend):
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """One opaque op; the gradient of the input is a forward with flipped taps."""
-        if problem.dtype == "float16":  # its sums are float32
-            a, b, bias = a.float(), b.float(), None if bias is None else bias.float()
         here = _kernel(problem)
         if problem.direction is Direction.GRAD_INPUT:
             b = adjoint_weight(b, problem.groups)
@@ -79,8 +77,6 @@ class Cpp(Backend):
             str(here.direction), a, b, bias, here.taps.text, here.stride, pads, here.groups,
             int(config.get("rows", 1)), int(config["tile_kib"]),
         )  # fmt: skip
-        if problem.dtype == "float16":
-            result = result.half()
         return result if problem.direction is Direction.GRAD_WEIGHT else laid_out(result, problem.memory_format)
 
 

@@ -30,7 +30,8 @@ from adaptconv.problem import Device
 from adaptconv.records.files import make_directory, remove_leftovers
 
 _LOG = logging.getLogger("adaptconv.backends.cpp")
-_SOURCE = Path(__file__).with_name("taps.cpp")
+_SOURCE = Path(__file__).with_name("taps.cpp")  # which includes the others
+_SOURCES = (_SOURCE, *(_SOURCE.with_name(f"{name}.h") for name in ("numbers", "tiles", "forward", "weight")))
 _NAMES = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 _TUNED = (("-march=native",), ("-mcpu=native",), ())  # tried in this order: not every compiler knows the first
@@ -165,7 +166,8 @@ def _key(command: tuple[str, ...]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildFailed(f"{command[0]}: {error}") from None
     processor = f"{platform.machine()} {Device.of(torch.device('cpu')).name}"
-    parts = (_SOURCE.read_bytes(), repr((command, _FLAGS, _TUNED)).encode(), version, processor.encode())
+    sources = (source.read_bytes() for source in _SOURCES)
+    parts = (*sources, repr((command, _FLAGS, _TUNED)).encode(), version, processor.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from adaptconv.problem import Direction, Problem
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _JOBS = 16  # pieces of work to cut a problem into at least, so that threads share it evenly; not their number:
 _PIECE = 2048  # results must not depend on that. Outputs of a piece below which it is not cut further.
 _RUN, _RUN_ROWS = 8, 4  # taps and rows that the kernel of a weight gradient keeps in registers
@@ -24,7 +24,7 @@ class Geometry:
     """What the kernel is told: constant for a problem and its knobs.
 
     Attributes:
-        spec: the fields of ``Spec`` in taps.cpp but for the number of threads, which is last.
+        spec: the fields of ``Spec`` in tiles.h but for the number of threads, which is last.
         steps: places relative to a block and the taps of its rows there; for a weight gradient the taps' places, those
             of runs first, and the lengths of the runs.
         live: indices of the taps that can touch the input, as the kernel has them; None if that is all in order.
