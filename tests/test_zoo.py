@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import adaptconv
 from adaptconv.kernels import LearnableSpacing
 from benchmarks import nets
-from benchmarks.zoo import NETWORKS, hub, papers, sequences, variants
+from benchmarks.zoo import NETWORKS, Network, hub, papers, sequences, variants
 
 Made = Callable[[], nn.Module]
 Kind = tuple[tuple[int, ...], tuple[int, ...], bool]  # kernel, dilation, depthwise
@@ -189,5 +189,36 @@ def test_the_file_keeps_what_other_runs_measured_and_the_chart_is_drawn_from_it(
 def test_a_bad_error_or_a_variant_of_ours_that_fails_is_wrong() -> None:
     row = nets.Row("van", "VAN", "forward", errors={"eager": 1e-6, "adapt": 2.5e-6, "optimize": 1.9e-6})
     row.failed = {"optimize freezing": "RuntimeError: no", "compile": "RuntimeError: no"}
-    wrong = nets._wrong(row)
+    wrong = nets._wrong(row, 2e-6)
     assert len(wrong) == 2 and wrong[0].startswith("optimize freezing") and wrong[1].startswith("adapt:")
+
+
+def test_what_torch_gets_wrong_sets_no_bound() -> None:
+    assert nets._sound([2e-2, 1.3e23, math.inf, 3e-2]) == [2e-2, 3e-2]
+    assert nets._sound([0.0, 9e-5, 2e-4]) == [0.0, 9e-5]  # where one is exact, a rounding of float32 is the measure
+
+
+@pytest.mark.parametrize("precision", [
+    variants.Precision(torch.bfloat16), variants.Precision(torch.bfloat16, autocast=True),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["eager", "adapt"])
+def test_a_training_step_in_half_precision(name: str, precision: variants.Precision) -> None:
+    network = Network(
+        "small", "a test", lambda: papers.VAN((4, 4, 8, 8), (1, 1, 1, 1), (2, 2, 2, 2), classes=5), PICTURE
+    )
+    run = variants.Run(name, network, train=True, precision=precision)
+    answer, *gradients = run.results()
+    assert answer.dtype is torch.bfloat16 and answer.isfinite().all()
+    kept = torch.float32 if precision.autocast else torch.bfloat16
+    assert {g.dtype for g in gradients} == {p.dtype for p in run.model.parameters()} == {kept}
+    exact = variants.exact(network, train=True, precision=precision)
+    assert exact[0].dtype is torch.float64
+    near = (answer.double() - exact[0]).norm() / exact[0].norm()
+    assert 0 < near < 0.1  # of bfloat16's rounding, which is 0.004 a number
+    assert min(variants.conditioning(network, exact, train=True, precision=precision, draws=1)) > 0
+
+
+def test_autocast_needs_something_to_narrow_to(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        nets.main(["--autocast"])
+    assert "--autocast needs --dtype" in capsys.readouterr().err

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,36 @@ _ONLY_MOVES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What a network computes in.
+
+    Attributes:
+        dtype: of parameters and inputs; under autocast of what it narrows, and those are float32.
+        autocast: whether forwards run under ``torch.autocast``.
+    """
+
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+
+    @property
+    def rounding(self) -> float:
+        """The largest relative error of rounding one number."""
+        return torch.finfo(self.dtype).eps / 2
+
+    def build(self, network: Network) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The model in evaluation mode, and its inputs."""
+        model, inputs = network.build()
+        return (model, inputs) if self.autocast else (model.to(self.dtype), tuple(x.to(self.dtype) for x in inputs))
+
+    def context(self) -> AbstractContextManager[object]:
+        """What forwards run in."""
+        return torch.autocast("cpu", dtype=self.dtype) if self.autocast else nullcontext()
+
+
+FLOAT32 = Precision()
+
+
 def names_for(network: Network, what: str) -> list[str]:
     """The variants that a network has, forward or in training."""
     names = [*TORCH, *OURS]
@@ -35,7 +66,7 @@ def names_for(network: Network, what: str) -> list[str]:
 
 
 def made(
-    name: str, network: Network, *, train: bool, compiled: bool = True
+    name: str, network: Network, *, train: bool, compiled: bool = True, precision: Precision = FLOAT32
 ) -> tuple[Any, tuple[Tensor, ...], nn.Module]:
     """A variant from scratch: what to call, its inputs, and the module that has the parameters.
 
@@ -44,8 +75,9 @@ def made(
         network: which network.
         train: in training mode.
         compiled: whether to compile what the variant compiles, or leave the module that would be.
+        precision: to build it in.
     """
-    model, inputs = network.build()
+    model, inputs = precision.build(network)
     model.train(train)
     if "channels_last" in name and network.memory_format is not None:
         for parameter in model.parameters():  # not model.to(): it asks the same of 4-D and 5-D parameters
@@ -73,15 +105,22 @@ class Run:
         compiled: whether Inductor is in it.
     """
 
-    def __init__(self, name: str, network: Network, *, train: bool) -> None:
-        self.name = name
+    def __init__(self, name: str, network: Network, *, train: bool, precision: Precision = FLOAT32) -> None:
+        self.name, self.precision = name, precision
         self.compiled = name in ("compile", "freezing") or "optimize" in name
-        self.call, self.inputs, self.model = made(name, network, train=train)
+        self.call, self.inputs, self.model = made(name, network, train=train, precision=precision)
         self.step = _Step(self.model) if train else None
 
     def __call__(self) -> Tensor:
         """Run once; the output."""
-        return self.step(self.call, self.inputs) if self.step else self.call(*self.inputs)
+        if self.step is None:
+            return self._forward()
+        return self.step(self._forward)
+
+    def _forward(self) -> Tensor:
+        with self.precision.context():
+            output: Tensor = self.call(*self.inputs)
+        return output
 
     def results(self) -> list[Tensor]:
         """Run once; the output and, in training, every gradient."""
@@ -97,9 +136,9 @@ class _Step:
         self.optimizer = torch.optim.SGD(self.parameters, lr=_RATE)
         self.cotangent: Tensor | None = None
 
-    def __call__(self, call: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, forward: Callable[[], Tensor]) -> Tensor:
         self.optimizer.zero_grad()
-        output: Tensor = call(*inputs)
+        output = forward()
         if self.cotangent is None:
             random = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
             self.cotangent = random.to(output.dtype) / random.numel() ** 0.5
@@ -112,16 +151,16 @@ class _Step:
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
 
 
-def exact(network: Network, *, train: bool) -> list[Tensor]:
-    """What every variant should answer: the eager network in float64."""
-    model, inputs = network.build()
+def exact(network: Network, *, train: bool, precision: Precision = FLOAT32) -> list[Tensor]:
+    """What every variant should answer: the eager network in float64, of parameters and inputs as they are."""
+    model, inputs = precision.build(network)
     model.train(train).double()
     wide = tuple(x.double() for x in inputs)
     if not train:
         with torch.no_grad():
             return [model(*wide)]
     step = _Step(model)
-    output = step(model, wide).detach()
+    output = step(lambda: model(*wide)).detach()
     return [output, *step.gradients()]
 
 
@@ -136,19 +175,22 @@ def error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return max(found) if all(f == f for f in found) else float("inf")
 
 
-def conditioning(network: Network, truth: Sequence[Tensor], *, train: bool, draws: int = 4) -> float:
-    """The largest error of eager torch on inputs that are off by a rounding: what any result may owe to the network.
+def conditioning(
+    network: Network, truth: Sequence[Tensor], *, train: bool, precision: Precision = FLOAT32, draws: int = 4
+) -> list[float]:
+    """Errors of eager torch on inputs that are off by a rounding, in several draws: what any result may owe to the
+    network.
 
     An activation with a kink is the usual cause: one value on the other side of zero changes every gradient below it.
     """
     found = []
     for seed in range(draws):
-        run = Run("eager", network, train=train)
-        noise = torch.Generator().manual_seed(seed)
-        run.inputs = tuple(x * (1 + 6e-8 * torch.randn(x.shape, generator=noise)) for x in run.inputs)
+        run = Run("eager", network, train=train, precision=precision)
+        noise, size = torch.Generator().manual_seed(seed), precision.rounding
+        run.inputs = tuple((x * (1 + size * torch.randn(x.shape, generator=noise))).to(x.dtype) for x in run.inputs)
         with nullcontext() if train else torch.no_grad():
             found.append(error(run.results(), truth))
-    return max(found)
+    return found
 
 
 def copies_in(run: Run) -> tuple[list[Tensor], int]:
