@@ -53,12 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    narrowed: dict[str, Any] = {
+        "choices": ("bfloat16", "float16"),
+        "help": "for a model that runs under torch.autocast of this dtype: its convolutions are in it",
+    }
+
     demo = command("demo", "tune, compile, check and report two real networks, in under three minutes", _demo)
     demo.add_argument("rest", nargs=argparse.REMAINDER, help="passed on; see 'adaptconv demo -- --help'")
 
     tune = command("tune", "measure a model's convolutions and remember the fastest exact way", _tune)
     tune.add_argument("factory", metavar="package.module:factory", help="returns (model, example_inputs)")
     tune.add_argument("--train", action="store_true", help="tune both gradients as well")
+    tune.add_argument("--autocast", **narrowed)
     tune.add_argument("--budget", type=_seconds, metavar="60s", help="time for the whole run: 90, 60s, 5m, 1h")
     tune.add_argument("--trials", type=_positive, metavar="N", help="most configurations tried a backend")
     workers = "processes that compile GPU kernels ahead of their turn: 0 for none (one less than there are processors)"
@@ -70,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "what optimize() would do with a model, and why; compiles nothing", _report)
     report.add_argument("factory", metavar="package.module:factory", help="returns (model, example_inputs)")
     report.add_argument("--train", action="store_true", help="include both gradients")
+    report.add_argument("--autocast", **narrowed)
     report.add_argument("--format", choices=("table", "markdown", "json"), default="table")
 
     explain = command("explain", "every candidate for a convolution, what it answered and why", _explain)
@@ -84,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     explain.add_argument("--channels-last", action="store_true")
     explain.add_argument("--train", action="store_true", help="both gradients too")
+    explain.add_argument("--autocast", **narrowed)
 
     bench = command("bench", "run the benchmark suites of a clone", _bench)
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on; see 'adaptconv bench -- --help'")
@@ -131,23 +139,25 @@ def _ints_or_word(text: str) -> tuple[int, ...] | str:
 
 
 def _tune(a: argparse.Namespace) -> int:
-    from adaptconv.tuner import load_factory, tune
+    from adaptconv.tuner import autocast_for, load_factory, tune
 
     model, inputs = load_factory(a.factory)
-    result = tune(
-        model, inputs, train=a.train, budget_s=a.budget, trials=a.trials, storage=a.storage, force=a.force,
-        database=a.database, workers=a.workers,
-    )  # fmt: skip
+    with autocast_for(a.autocast, model, inputs):
+        result = tune(
+            model, inputs, train=a.train, budget_s=a.budget, trials=a.trials, storage=a.storage, force=a.force,
+            database=a.database, workers=a.workers,
+        )  # fmt: skip
     print(result)
     return 130 if result.interrupted else 0
 
 
 def _report(a: argparse.Namespace) -> int:
     from adaptconv.reports import report
-    from adaptconv.tuner import load_factory
+    from adaptconv.tuner import autocast_for, load_factory
 
     model, inputs = load_factory(a.factory)
-    made = report(model, inputs, train=a.train)
+    with autocast_for(a.autocast, model, inputs):
+        made = report(model, inputs, train=a.train)
     shown = {"table": made.__str__, "markdown": made.to_markdown, "json": made.to_json}[a.format]
     print(shown())
     return 0
@@ -158,14 +168,17 @@ def _explain(a: argparse.Namespace) -> int:
 
     if a.factory:
         from adaptconv.compile.optimize import as_arguments
-        from adaptconv.tuner import load_factory
+        from adaptconv.tuner import autocast_for, load_factory
 
         model, inputs = load_factory(a.factory)
         args, _ = as_arguments(inputs)
-        print(explain(model, *args, train=a.train))
+        with autocast_for(a.autocast, model, inputs):
+            print(explain(model, *args, train=a.train))
         return 0
     if a.input is None or a.weight is None:
         raise AdaptConvError("give a factory, or --input and --weight of one layer; see adaptconv explain --help")
+    if a.autocast:
+        raise AdaptConvError("--autocast is for the models of factories; of one layer say --dtype")
     print(explain(*_layer_of(a), train=a.train))
     return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 
@@ -34,6 +34,7 @@ NEAREST_GAIN_PER_DISTANCE = 0.25
 # predictions were made on (with AMX), 14 of 41 plans of smaller predicted gains were slower than native, of 47 of
 # larger ones 1; leaving the former costs 7 % of what the 88 gain in the geometric mean.
 COST_GAIN = 2.25
+_TUNED_IN = ("float32", "bfloat16", "float16")  # a model may have been tuned without the autocast that it runs under
 
 
 class Source(str, Enum):
@@ -223,12 +224,17 @@ def _usable(problem: Problem, record: Record) -> tuple[Choice | None, str]:
 def _from_record(problem: Problem) -> tuple[Plan | None, list[str]]:
     hit = records.default_store().lookup(problem)
     if hit is None:
-        return None, ["no record of this problem"]
+        known = [dtype for dtype in _TUNED_IN if _is_known(problem, dtype)]
+        return None, [f"no record of this problem{f', only in {known[0]}' if known else ''}"]
     choice, reason = _usable(problem, hit.record)
     if choice is None:
         return None, [f"the {hit.layer} record {reason}"]
     why = f"{hit.layer} database, measured {hit.record.measured_on}"
     return Plan(problem, choice, Source.RECORD, why, hit.record, is_plain(problem, choice)), []
+
+
+def _is_known(problem: Problem, dtype: str) -> bool:
+    return dtype != problem.dtype and records.default_store().lookup(replace(problem, dtype=dtype)) is not None
 
 
 def _from_neighbours(problem: Problem) -> tuple[Plan | None, str]:

@@ -58,6 +58,21 @@ def test_tune_then_report_shows_the_record(capsys, factories):
     assert "1 records" in out
 
 
+def test_a_model_that_runs_under_autocast_is_tuned_as_it_runs(capsys, factories):
+    status, out, _ = run(capsys, "tune", f"{factories}:good", "--budget", "2s", "--autocast", "bfloat16")
+    assert status == 0 and "tuned 1 problem" in out
+    (hit,) = records.default_store().records()
+    assert " bfloat16 " in hit.record.key
+    status, out, _ = run(capsys, "report", f"{factories}:good", "--format", "json", "--autocast", "bfloat16")
+    assert {row["decided_by"] for row in json.loads(out)["rows"]} == {"record"}
+    _, out, _ = run(capsys, "report", f"{factories}:good", "--format", "json")
+    assert {row["decided_by"] for row in json.loads(out)["rows"]} != {"record"}, "of float32 nothing is known"
+    status, out, _ = run(capsys, "explain", f"{factories}:good", "--autocast", "float16")
+    assert status == 0 and "float16" in out
+    status, _, err = run(capsys, "explain", "--input", "1,4,8", "--weight", "4,4,3", "--autocast", "float16")
+    assert status == 2 and "--dtype" in err
+
+
 def test_a_model_without_convolutions_is_a_plain_sentence(capsys, factories):
     status, out, err = run(capsys, "tune", f"{factories}:empty", "--budget", "2s")
     assert (status, err) == (0, "")

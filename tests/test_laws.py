@@ -325,6 +325,8 @@ def test_every_step_of_dispatch_is_taken_and_says_so() -> None:
     records.default_store().write(record_of(PROBLEM, "gather"))
     assert dispatch.plan(PROBLEM).source is Source.RECORD
     assert dispatch.plan(PROBLEM).choice.backend == "gather"
+    narrowed = dispatch.plan(replace(PROBLEM, dtype="bfloat16"))
+    assert narrowed.source is Source.COST and f"no record of this problem, only in {PROBLEM.dtype}" in narrowed.why
     near = replace(PROBLEM, spatial=(PROBLEM.spatial[0] + 2,))
     assert dispatch.plan(near).source is Source.NEAREST
     assert dispatch.plan(near).choice.backend == "gather"

@@ -7,8 +7,8 @@ part, ``final`` who wins. ``bench`` holds its operands and checks its candidates
 
 from __future__ import annotations
 
-from adaptconv.tuner.factory import load_factory
+from adaptconv.tuner.factory import autocast_for, load_factory
 from adaptconv.tuner.result import TuneError, TuneResult, TuneRow
 from adaptconv.tuner.session import tune, tune_problems
 
-__all__ = ["TuneError", "TuneResult", "TuneRow", "load_factory", "tune", "tune_problems"]
+__all__ = ["TuneError", "TuneResult", "TuneRow", "autocast_for", "load_factory", "tune", "tune_problems"]

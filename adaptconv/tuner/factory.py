@@ -6,8 +6,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from adaptconv.compile.optimize import as_arguments
 from adaptconv.tuner.result import TuneError
@@ -51,6 +56,22 @@ def load_factory(text: str) -> tuple[Callable[..., Any], Any]:
         raise TuneError(f"the factory '{text}' returned a {type(model).__name__} for a model, not callable: {_SHAPE}")
     as_arguments(inputs)  # raises where they cannot be arguments
     return model, inputs
+
+
+def autocast_for(dtype: str | None, model: Callable[..., Any], inputs: Any) -> AbstractContextManager[object]:
+    """What to look at a model in that its owner runs under ``torch.autocast``.
+
+    Args:
+        dtype: what autocast narrows to, ``"bfloat16"`` or ``"float16"``; None for no autocast.
+        model: as ``load_factory`` returns it.
+        inputs: likewise; the first tensor of theirs, else of the model's, says on which device.
+    """
+    if dtype is None:
+        return nullcontext()
+    owned = model.parameters() if isinstance(model, nn.Module) else ()
+    tensors = (t for t in (*tree_leaves(inputs), *owned) if isinstance(t, torch.Tensor))
+    kind = next((t.device.type for t in tensors), "cpu")
+    return torch.autocast(kind, dtype=getattr(torch, dtype))
 
 
 def _imported(name: str) -> ModuleType:
