@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor import compile_fx
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 import adaptconv
 from adaptconv import trilinear
@@ -553,3 +555,23 @@ def test_an_opaque_plan_trains_through_inductor():
     assert report.rewritten
     assert report.plans.forward.problem.layout == "channels_last"
     assert inductor.LOG_OPTION not in torch._inductor.list_options()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_what_comes_before_gathered_columns_is_computed_once(train):
+    """Not once for each tap that reads it, as Inductor would have it."""
+    taps = 5
+    model = nn.Sequential(nn.GELU(), nn.Conv1d(8, 8, taps, stride=2, padding=1)).train(train)
+    x = torch.randn(2, 8, 64)
+    with adaptconv.pinned("gather"), torch.set_grad_enabled(train), inductor_config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(adaptconv.optimize(model), x)
+    assert 0 < sum(source.count("erf(") for source in code) < taps  # a loop and its remainder
+
+
+def test_an_exported_gather_reads_inputs_of_any_strides():
+    layer = adaptconv.adapt(nn.Sequential(nn.Conv2d(4, 4, 3)))
+    x = torch.randn(2, 4, 9, 9)
+    with adaptconv.pinned("gather"), torch.no_grad():
+        program = torch.export.export(layer, (x,)).module()
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(program(turned), program(x))

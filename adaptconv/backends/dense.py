@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptconv.backends import costs
 from adaptconv.backends.base import Backend, Config, Space
 from adaptconv.backends.grid import grid_space, run_grid
-from adaptconv.backends.weights import constant, gathered_gradient, picked, spread_weight
+from adaptconv.backends.weights import gathered_gradient, picked, spread_weight
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern
 
@@ -54,7 +54,7 @@ class Dense(Backend):
     def cost(self, problem: Problem, config: Config) -> float:
         """The dense convolution's, plus writing the window."""
         filled = _filled(problem)
-        written = 8 * filled.c_out * filled.taps.window_taps
+        written = 8 * filled.c_out * (filled.c_in // filled.groups) * filled.taps.window_taps
         call_us = costs.rates(filled.device).dense_call_us
         return costs.grid_us(filled, config, call_us) + costs.traffic_us(filled.device, written)
 
@@ -64,6 +64,6 @@ class Dense(Backend):
         if problem.direction is Direction.GRAD_WEIGHT:
             dw = run_grid(filled, config, a, b)
             plain, _ = problem.taps.spread()
-            return gathered_gradient(dw.index_select(2, constant(_positions(plain), dw.device)), problem.taps)
+            return gathered_gradient(picked(dw, _positions(plain)), problem.taps)
         weight, plain = spread_weight(b, problem.taps)
         return run_grid(filled, config, a, picked(weight, _expansion(plain)), bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptconv.backends import costs, halves
 from adaptconv.backends.base import Backend, Config, Space
 from adaptconv.backends.grid import grid_space, run_grid
-from adaptconv.backends.weights import constant, picked
+from adaptconv.backends.weights import picked
 from adaptconv.grids import Grid
 from adaptconv.problem import Direction, Problem
 from adaptconv.taps import TapPattern
@@ -89,4 +89,4 @@ class Dual(Backend):
         columns = torch.cat([run_grid(part, config, x, dy) for _, part in parts], dim=2)
         owners = [t for grid, _ in parts for t in grid.taps]
         where = {t: column for column, t in enumerate(owners) if t >= 0}
-        return columns.index_select(2, constant(tuple(where[t] for t in range(len(where))), columns.device))
+        return picked(columns, tuple(where[t] for t in range(len(where))))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends import costs, halves
-from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out
+from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out, transformed
 from adaptconv.backends.weights import picked
 from adaptconv.problem import Direction, Problem
 
@@ -128,6 +128,20 @@ def _pads(problem: Problem) -> list[int]:
     return [zeros for pair in reversed(problem.padding) for zeros in pair]
 
 
+def _padded(problem: Problem, x: Tensor) -> Tensor:
+    """The input with its padding, in memory of its own in a graph for Inductor.
+
+    Inductor takes what makes a tensor into every place that reads it: a GELU before the convolution would be computed
+    once for each tap, number by number under a stride. What is seen by its strides has to be written out first. An
+    exported program may be run with other strides than it was traced with.
+    """
+    pads = _pads(problem)
+    padded = F.pad(x, pads) if any(pads) else x
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed():
+        return padded.as_strided(padded.shape, padded.stride())
+    return padded
+
+
 def _matrix(problem: Problem, w: Tensor, live: tuple[int, ...]) -> Tensor:
     """Live columns of the weight as ``[groups, C_out/groups, C_in/groups * T]``."""
     kept = w if len(live) == len(problem.taps) else picked(w, live)
@@ -140,7 +154,7 @@ def _forward(problem: Problem, bound: int, x: Tensor, w: Tensor, bias: Tensor | 
     if not live:
         y = x.new_zeros(n_out)
     else:
-        padded, matrix = F.pad(x, _pads(problem)), _matrix(problem, w, live)
+        padded, matrix = _padded(problem, x), _matrix(problem, w, live)
         parts: dict[int, list[Tensor]] = {}
         for images, rows in _chunks(problem, bound):
             product = torch.matmul(matrix, _columns(problem, padded[images], live, rows))
@@ -179,7 +193,7 @@ def _grad_weight(problem: Problem, bound: int, x: Tensor, dy: Tensor) -> Tensor:
     wide = torch.float32 if problem.torch_dtype.itemsize < 4 else problem.torch_dtype
     if not live:
         return x.new_zeros(problem.weight_shape)
-    padded = F.pad(x, _pads(problem))
+    padded = _padded(problem, x)
     total: Tensor | None = None
     for images, rows in _chunks(problem, bound):
         grad = dy[images][:, :, rows]

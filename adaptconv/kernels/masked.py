@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptconv.backends.weights import constant
+from adaptconv.backends.weights import constant, picked
 from adaptconv.errors import AdaptConvError, ConvArgumentError
 from adaptconv.kernels.base import Family, Ints, Slot, bound_of_uniform, per_axis
 from adaptconv.taps import TapPattern
@@ -198,7 +198,7 @@ class Masked(Family):
         pick = None
         if len(self._live) < weight.shape[2]:
             pick = constant(self._live, weight.device)
-            weight = weight.index_select(2, pick)
+            weight = picked(weight, self._live)
         if self._is_shared:
             return weight
         mask = tensors[1].flatten(-len(self._size))

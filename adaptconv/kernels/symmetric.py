@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from adaptconv.backends.weights import constant
+from adaptconv.backends.weights import picked
 from adaptconv.errors import ConvArgumentError
 from adaptconv.grids import Offset
 from adaptconv.kernels.base import Family, Ints, Slot, bound_of_uniform
@@ -136,7 +136,7 @@ class Symmetric(Family):
 
     def compact(self, *tensors: Tensor) -> Tensor:
         """Each tap's weight: its orbit's."""
-        return tensors[0].index_select(2, constant(self._orbits, tensors[0].device))
+        return picked(tensors[0], self._orbits)
 
     def reset(self, tensors: Mapping[str, Tensor]) -> None:
         """As torch does a kernel of as many taps."""
