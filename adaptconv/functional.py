@@ -44,10 +44,12 @@ class Call:
     Attributes:
         run: ``(input, weight, bias) -> output`` on tensors of exactly the prepared kind.
         plans: the plans behind it; None where torch answers alone (a dtype adaptconv does not serve).
+        torchs: whether ``run`` is torch's own function, which heeds autocast by itself.
     """
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     plans: Plans | None
+    torchs: bool = False
 
 
 _CALLS: dict[object, Call] = {}
@@ -125,9 +127,9 @@ def convolution(
         taps, weight = weight.taps, weight.weight
     if torch.compiler.is_dynamo_compiling():
         return traced(axes, input, weight, bias, stride, padding, dilation, groups, taps)
-    if _autocast() and isinstance(input, Tensor):
-        input, weight, bias = ops.autocasted(input, weight, bias)
-    return prepared(axes, input, weight, bias, stride, padding, dilation, groups, taps).run(input, weight, bias)
+    narrowed = ops.autocast_dtype(input) if _autocast() else None
+    call = prepared(axes, input, weight, bias, stride, padding, dilation, groups, taps, narrowed)
+    return call.run(input, weight, bias)
 
 
 def prepared(
@@ -140,21 +142,22 @@ def prepared(
     dilation: Ints,
     groups: int,
     taps: TapPattern | None,
+    narrowed: torch.dtype | None = None,
 ) -> Call:
-    """The prepared call for these operands, already autocast: one dictionary look-up when warm."""
+    """The prepared call for these operands: one dictionary look-up when warm. It narrows them, if autocast says to."""
     try:
         grad = _grad()
         key = (
             axes, input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), type(input),
             type(weight), type(bias), stride, padding, dilation, groups, taps, grad and input.requires_grad,
             grad and weight.requires_grad, current_pin(), records.epoch(), _threads(), float32_flags(),
-            _deterministic(),
+            _deterministic(), narrowed,
         )  # fmt: skip
         call = _CALLS.get(key)
     except (TypeError, AttributeError):
-        return _unkeyed(axes, input, weight, bias, stride, padding, dilation, groups, taps)
+        return _unkeyed(axes, input, weight, bias, stride, padding, dilation, groups, taps, narrowed)
     if call is None:
-        call = _prepare(axes, input, weight, bias, stride, padding, dilation, groups, taps)
+        call = _prepare(axes, input, weight, bias, stride, padding, dilation, groups, taps, narrowed)
         if _is_fixed((stride, padding, dilation, groups)):
             if len(_CALLS) >= _MEMO_LIMIT:
                 _CALLS.clear()
@@ -164,7 +167,7 @@ def prepared(
 
 def _unkeyed(
     axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints | str,
-    dilation: Ints, groups: int, taps: TapPattern | None,
+    dilation: Ints, groups: int, taps: TapPattern | None, narrowed: torch.dtype | None,
 ) -> Call:  # fmt: skip
     """What could not be looked up as it came: lists for tuples, symbolic shapes, things that are no tensors."""
     for name, value in (("input", input), ("weight", weight)):
@@ -172,8 +175,8 @@ def _unkeyed(
             raise ConvTypeError(f"conv{axes}d: {name} must be a tensor, got {type(value).__name__}")
     geometry = _hashable(stride), _hashable(padding), _hashable(dilation)
     if geometry != (stride, padding, dilation):
-        return prepared(axes, input, weight, bias, *geometry, groups, taps)
-    return _prepare(axes, input, weight, bias, stride, padding, dilation, groups, taps)
+        return prepared(axes, input, weight, bias, *geometry, groups, taps, narrowed)
+    return _prepare(axes, input, weight, bias, stride, padding, dilation, groups, taps, narrowed)
 
 
 def _is_fixed(value: object) -> bool:
@@ -189,6 +192,18 @@ def _hashable(value: Ints | str) -> Any:
 
 def _prepare(
     axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints | str,
+    dilation: Ints, groups: int, taps: TapPattern | None, narrowed: torch.dtype | None,
+) -> Call:  # fmt: skip
+    if narrowed is None:
+        return _planned(axes, input, weight, bias, stride, padding, dilation, groups, taps)
+    made = _planned(axes, *ops.autocasted(input, weight, bias), stride, padding, dilation, groups, taps)
+    if made.torchs:
+        return made
+    return Call(lambda x, w, b: made.run(*ops.autocasted(x, w, b)), made.plans)
+
+
+def _planned(
+    axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints | str,
     dilation: Ints, groups: int, taps: TapPattern | None,
 ) -> Call:  # fmt: skip
     if sharding.is_sharded(input, weight, bias):
@@ -203,7 +218,7 @@ def _prepare(
     if taps is None:
         if (input.dtype not in SUPPORTED and current_pin() is None) or 0 in (*weight.shape, *input.shape[1:]):
             # Integers, complex numbers and empty channels: torch serves them or says why not.
-            return Call(lambda x, w, b: torch_conv(x, w, b, stride, padding, dilation, groups), None)
+            return Call(lambda x, w, b: torch_conv(x, w, b, stride, padding, dilation, groups), None, True)
         size, dilation = checked_grid(axes, weight, dilation)
         taps = TapPattern.grid(size, dilation)
     elif dilation not in (1, (1,) * axes):
@@ -226,7 +241,7 @@ def _prepare(
     plans = trilinear.plan_all(problem, grad and input.requires_grad, grad and weight.requires_grad)
     if plans.plain and not own_pattern:
         even = tuple(before for before, _ in pads)  # what is plain is padded evenly
-        return Call(lambda x, w, b: torch_conv(x, w, b, strides, even, dilation, groups), plans)
+        return Call(lambda x, w, b: torch_conv(x, w, b, strides, even, dilation, groups), plans, True)
     return Call(_planned_call(axes, plans, taps), plans)
 
 

@@ -228,13 +228,12 @@ class _Adaptive(nn.modules.conv._ConvNd):
             )  # fmt: skip
         if isinstance(input, fx.Proxy) or (family is None and torch._C._get_tracing_state() is not None):
             return self._recorded(input)
-        if torch._C._is_any_autocast_enabled():
-            input, weight, bias = ops.autocasted(input, weight, bias)
+        narrowed = ops.autocast_dtype(input) if torch._C._is_any_autocast_enabled() else None
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = self._padded(input)
         call = prepared(
-            self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps
+            self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps, narrowed
         )  # fmt: skip
         self.__dict__["_last_call"] = call  # for the report: past nn.Module's slow __setattr__
         return call.run(input, weight, bias)

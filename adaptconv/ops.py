@@ -248,12 +248,17 @@ torch.library.register_autograd(
 )
 
 
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """What autocast, where it is on, narrows a convolution of this input to."""
+    kind = x.device.type if isinstance(x, Tensor) else ""
+    return torch.get_autocast_dtype(kind) if kind and torch.is_autocast_enabled(kind) else None
+
+
 def autocasted(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands as torch's convolution would see them under autocast: narrowed unless float64."""
-    kind = x.device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    if dtype is None:
         return x, w, bias
-    dtype = torch.get_autocast_dtype(kind)
 
     def narrowed(t: Tensor) -> Tensor:
         if not isinstance(t, Tensor):  # refused later, with the rest
