@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from adaptconv import ops, ranks, sharding
+from adaptconv import ops, ranks, sharding, warm
 from adaptconv.errors import ConvArgumentError
 from adaptconv.functional import Call, prepared, traced
 from adaptconv.kernel import Kernel
@@ -20,6 +20,7 @@ from adaptconv.problem import same_padding
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans
 
+_compiling = torch.compiler.is_dynamo_compiling
 _Self = TypeVar("_Self", bound="_Adaptive")
 
 
@@ -82,6 +83,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
         self._follow_window(self.taps.window)
         self.__dict__.pop("_constructed", None)
         self.__dict__.pop("_last_call", None)
+        self.__dict__.pop("_warm", None)
         for slot in slots:
             tensor = tensors[slot.name]
             if slot.learnable:
@@ -215,13 +217,20 @@ class _Adaptive(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input [N, C_in, *spatial]`` or ``[C_in, *spatial]``."""
-        family = self._family
+        family, compiling = self._family, _compiling()
+        if family is None and not compiling:
+            own = self._parameters  # past nn.Module's slow __getattr__; a parametrized weight is not in it
+            held = own.get("weight")
+            known = None if held is None or "bias" not in own else warm.again(self.__dict__, input, held)
+            if known is not None and held is not None:
+                self.__dict__["_last_call"] = known
+                return known.run(input, held, own["bias"])
         if family is not None and family.factorised and not _is_sharded(input):
             input, padding = self._padded(input)
             tensors = [getattr(self, name) for name in self._slots]
             return family.convolve(input, self.bias, tensors, self.stride, padding, self.groups)
         weight, bias = self.weight if family is None else self._weight(family), self.bias
-        if torch.compiler.is_dynamo_compiling():
+        if compiling:
             input, padding = self._padded(input)
             return traced(
                 self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps
@@ -235,6 +244,8 @@ class _Adaptive(nn.modules.conv._ConvNd):
         call = prepared(
             self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps, narrowed
         )  # fmt: skip
+        if family is None and self.padding_mode == "zeros":
+            warm.remember(self.__dict__, call, input, weight, narrowed)
         self.__dict__["_last_call"] = call  # for the report: past nn.Module's slow __setattr__
         return call.run(input, weight, bias)
 
@@ -288,7 +299,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
     def __getstate__(self) -> dict[str, Any]:
         """Prepared calls hold closures: they stay behind on pickling and copying."""
         state = dict(super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__)
-        for name in ("_last_call", "_constructed"):
+        for name in ("_last_call", "_constructed", "_warm"):
             state.pop(name, None)
         return state
 

@@ -24,7 +24,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: AdaptiveConv3d,
 }
 _DCLS = "DCLS.construct.modules"  # where that package has its layers; it need not be installed
-_MADE_BY_CALLS = ("_last_call", "_constructed")  # what a call of an adaptive layer leaves in its __dict__
+_MADE_BY_CALLS = ("_last_call", "_constructed", "_warm")  # what a call of an adaptive layer leaves in its __dict__
 _MARK = "_adapted"
 
 

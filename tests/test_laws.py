@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trilinear",),
     ("ops",),
     ("functional",),
-    ("kernels",),
+    ("kernels", "warm"),
     ("modules",),
     ("attention", "convert", "compat"),
     ("swap",),

@@ -1,0 +1,68 @@
+"""A layer's last call, where torch's own function was the plan, and what has to be as it was for it to be so again.
+
+Amid a network's own work the processor's caches have forgotten Python's tables: looking a call up among all prepared
+ones then takes ten to twenty microseconds, comparing these fields one or two. How precise float32 must be is not among
+them: torch's function heeds those flags by itself, and they are the costliest to ask for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptconv.functional import Call
+from adaptconv.pins import current_pin as _pin
+from adaptconv.records import epoch as _epoch
+
+_NAME = "_warm"  # in a layer's __dict__
+_any_autocast = torch._C._is_any_autocast_enabled
+_autocast = torch.is_autocast_enabled
+_narrowed_to = torch.get_autocast_dtype
+_tracing = torch._C._get_tracing_state  # of torch.jit
+_grad = torch.is_grad_enabled
+_threads = torch.get_num_threads
+_deterministic = torch.are_deterministic_algorithms_enabled
+
+
+def again(layer: dict[str, Any], input: Any, weight: Tensor) -> Call | None:
+    """The call remembered in a layer's ``__dict__``, if this input and weight are of its kind and nothing changed."""
+    known = layer.get(_NAME)
+    if known is None or type(input) is not Tensor or _tracing() is not None:
+        return None
+    (
+        call, shape, strides, dtype, device, kind, weight_strides, stride, padding, dilation, groups, of_input,
+        of_weight, pin, epoch, threads, deterministic, narrowed,
+    ) = known  # fmt: skip
+    grad = _grad()
+    same = (
+        input.shape == shape
+        and input.dtype is dtype
+        and (grad and input.requires_grad) is of_input
+        and (grad and weight.requires_grad) is of_weight
+        and _pin() is pin
+        and _epoch() == epoch
+        and input.stride() == strides
+        and input.device == device
+        and weight.stride() == weight_strides
+        and layer["stride"] is stride
+        and layer["padding"] is padding
+        and layer["dilation"] is dilation
+        and layer["groups"] is groups
+        and _threads() == threads
+        and _deterministic() is deterministic
+        and (_narrowed_to(kind) if _any_autocast() and _autocast(kind) else None) is narrowed
+    )
+    return call if same else None
+
+
+def remember(layer: dict[str, Any], call: Call, input: Tensor, weight: Tensor, narrowed: torch.dtype | None) -> None:
+    """Remember a call that came twice in a row, if torch answers it; where shapes change by turns there is none."""
+    if call.torchs and layer.get("_last_call") is call and type(input) is Tensor:
+        grad = _grad()
+        layer[_NAME] = (
+            call, input.shape, input.stride(), input.dtype, input.device, input.device.type, weight.stride(),
+            layer["stride"], layer["padding"], layer["dilation"], layer["groups"], grad and input.requires_grad,
+            grad and weight.requires_grad, _pin(), _epoch(), _threads(), _deterministic(), narrowed,
+        )  # fmt: skip
