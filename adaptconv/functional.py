@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptconv import ops, records, sharding, trilinear
+from adaptconv import ops, records, sharding, tracing, trilinear
 from adaptconv.arguments import (
     SUPPORTED,
     Ints,
@@ -126,7 +126,7 @@ def convolution(
     if isinstance(weight, Kernel):
         taps, weight = weight.taps, weight.weight
     if torch.compiler.is_dynamo_compiling():
-        return traced(axes, input, weight, bias, stride, padding, dilation, groups, taps)
+        return tracing.traced(axes, input, weight, bias, stride, padding, dilation, groups, taps)
     narrowed = ops.autocast_dtype(input) if _autocast() else None
     call = prepared(axes, input, weight, bias, stride, padding, dilation, groups, taps, narrowed)
     return call.run(input, weight, bias)
@@ -274,38 +274,6 @@ def _symbolic_call(
     """Extents unknown while tracing: the op that plans at run time."""
 
     def run(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return _op(axes, x, w, b, str(taps), stride, pads, groups)
+        return tracing.op(axes, x, w, b, str(taps), stride, pads, groups)
 
     return run
-
-
-# ---- under torch.compile ------------------------------------------------------------------------
-
-
-def traced(
-    axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints | str,
-    dilation: Ints, groups: int, taps: TapPattern | None,
-) -> Tensor:  # fmt: skip
-    """What dynamo sees: the logical op, its plan left to the compile pass or to run time.
-
-    Plain arithmetic on ints and strings only: dynamo traces every line of it.
-    """
-    if taps is None:
-        size, steps = checked_grid(axes, weight, dilation)
-        window = tuple((s - 1) * d + 1 for s, d in zip(size, steps, strict=True))
-        text = "x".join([str(s) for s in size]) + "d" + "x".join([str(d) for d in steps])
-    else:
-        window, text = taps.window, taps.text
-    strides = checked_ints(axes, stride, "stride", least=1)
-    pads = checked_padding(axes, padding, window, strides)
-    return _op(axes, input, weight, bias, text, strides, pads, groups)
-
-
-def _op(
-    axes: int, x: Tensor, w: Tensor, b: Tensor | None, taps: str, stride: Sequence[int], pads: Padding, groups: int
-) -> Tensor:
-    compact = w if w.dim() == 3 else w.flatten(2)
-    flat = [zeros for pair in pads for zeros in pair]
-    batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-    y: Tensor = torch.ops.adaptconv.conv(batched, compact, b, taps, list(stride), flat, groups, ops.auto_plan())
-    return y if x.dim() == axes + 2 else y.squeeze(0)

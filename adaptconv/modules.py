@@ -11,13 +11,14 @@ from torch import Tensor, fx, nn
 
 from adaptconv import ops, ranks, sharding, warm
 from adaptconv.errors import ConvArgumentError
-from adaptconv.functional import Call, prepared, traced
+from adaptconv.functional import Call, prepared
 from adaptconv.kernel import Kernel
 from adaptconv.kernels.base import Family, Slot, full_precision
 from adaptconv.kernels.cache import Constructed
 from adaptconv.kernels.grid import FixedTaps, Grid
 from adaptconv.problem import same_padding
 from adaptconv.taps import TapPattern
+from adaptconv.tracing import traced
 from adaptconv.trilinear import Plans
 
 _compiling = torch.compiler.is_dynamo_compiling

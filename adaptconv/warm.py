@@ -1,7 +1,7 @@
 """A layer's last call, where torch's own function was the plan, and what has to be as it was for it to be so again.
 
 Amid a network's own work the processor's caches have forgotten Python's tables: looking a call up among all prepared
-ones then takes ten to twenty microseconds, comparing these fields one or two. How precise float32 must be is not among
+ones then takes ten to twenty microseconds, comparing these fields four. How precise float32 must be is not among
 them: torch's function heeds those flags by itself, and they are the costliest to ask for.
 """
 
@@ -32,8 +32,8 @@ def again(layer: dict[str, Any], input: Any, weight: Tensor) -> Call | None:
     if known is None or type(input) is not Tensor or _tracing() is not None:
         return None
     (
-        call, shape, strides, dtype, device, kind, weight_strides, stride, padding, dilation, groups, of_input,
-        of_weight, pin, epoch, threads, deterministic, narrowed,
+        call, shape, strides, dtype, device, kind, weight_strides, stride, padding, mode, dilation, groups,
+        of_input, of_weight, pin, epoch, threads, deterministic, narrowed,
     ) = known  # fmt: skip
     grad = _grad()
     same = (
@@ -48,6 +48,7 @@ def again(layer: dict[str, Any], input: Any, weight: Tensor) -> Call | None:
         and weight.stride() == weight_strides
         and layer["stride"] is stride
         and layer["padding"] is padding
+        and layer["padding_mode"] is mode
         and layer["dilation"] is dilation
         and layer["groups"] is groups
         and _threads() == threads
@@ -63,6 +64,7 @@ def remember(layer: dict[str, Any], call: Call, input: Tensor, weight: Tensor, n
         grad = _grad()
         layer[_NAME] = (
             call, input.shape, input.stride(), input.dtype, input.device, input.device.type, weight.stride(),
-            layer["stride"], layer["padding"], layer["dilation"], layer["groups"], grad and input.requires_grad,
-            grad and weight.requires_grad, _pin(), _epoch(), _threads(), _deterministic(), narrowed,
+            layer["stride"], layer["padding"], layer["padding_mode"], layer["dilation"], layer["groups"],
+            grad and input.requires_grad, grad and weight.requires_grad, _pin(), _epoch(), _threads(),
+            _deterministic(), narrowed,
         )  # fmt: skip

@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dispatch",),
     ("trilinear",),
     ("ops",),
+    ("tracing",),
     ("functional",),
     ("kernels", "warm"),
     ("modules",),

@@ -79,6 +79,11 @@ def _stride(layer: _Adaptive, x: Tensor) -> Tensor:
     return x
 
 
+def _circular(layer: _Adaptive, x: Tensor) -> Tensor:
+    layer.padding_mode = "circular"
+    return x
+
+
 def _half(layer: _Adaptive, x: Tensor) -> Tensor:
     layer.bfloat16()
     return x.bfloat16()
@@ -100,6 +105,7 @@ CHANGES: dict[str, Changed] = {
     "an input that wants its gradient": lambda layer, x: x.clone().requires_grad_(),
     "a frozen weight": lambda layer, x: (layer.weight.requires_grad_(False), x)[1],
     "another stride": _stride,
+    "another way to pad": _circular,
     "another dtype": _half,
     "another format of the weight": _last,
     "a database that was written to": _database,
@@ -115,7 +121,8 @@ def test_it_notices_what_changed(name: str) -> None:
     assert known(layer, x)
     x = CHANGES[name](layer, x)
     assert not known(layer, x)
-    right = F.conv2d(x, layer.weight, layer.bias, layer.stride, padding=1)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    right = F.conv2d(F.pad(x, (1, 1, 1, 1), mode), layer.weight, layer.bias, layer.stride)
     found = layer(x)
     assert found.shape == right.shape and found.dtype is right.dtype and found.device == right.device
     if not right.is_meta:
