@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +44,7 @@ _LOG = logging.getLogger("adaptconv.ops")
 
 AUTO = "auto:"  # before the digest of the database: a plan left to run time
 OPAQUE = "opaque:"  # before a plan text: run it in an op of its own, out of Inductor's sight
+_WATCHER: ContextVar[list[Plans] | None] = ContextVar("adaptconv_watcher", default=None)
 _TORCHS: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 _LIBRARY = torch.library.Library("adaptconv", "DEF")
@@ -107,7 +110,22 @@ def _conv(
     problem = forward_problem(
         x, weight, pattern, stride, _pairs(padding), groups, bias is not None, layout_of(x, weight)
     )
-    return convolve(_plans_of(problem, x, weight, plan), x, weight, bias)
+    plans = _plans_of(problem, x, weight, plan)
+    watcher = _WATCHER.get()
+    if watcher is not None:
+        watcher.append(plans)
+    return convolve(plans, x, weight, bias)
+
+
+@contextmanager
+def watched() -> Iterator[list[Plans]]:
+    """The plans of every ``adaptconv::conv`` that runs inside, as they come."""
+    seen: list[Plans] = []
+    token = _WATCHER.set(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHER.reset(token)
 
 
 def _is_pinned_dense() -> bool:

@@ -682,6 +682,32 @@ def test_training_tunes_the_gradients_that_are_asked_for(clock: Callable[..., Fa
     assert all(row.status == "tuned" for row in result.rows)
 
 
+class Turned(nn.Module):
+    """Tokens seen as one picture: of an axis of extent 1, a tracer and a call make different strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = adaptconv.AdaptiveConv2d(4, 4, 3, padding=1, groups=4)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.mix(tokens).transpose(1, 2).view(1, 4, 6, 7))
+        return y
+
+
+def test_what_an_adapted_model_calls_is_tuned_and_not_only_what_a_graph_of_it_says(
+    clock: Callable[..., FakeClock],
+) -> None:
+    clock()
+    model, tokens = Turned(), torch.randn(1, 42, 4)
+    result = tune(model, tokens, train=True, progress=False)
+    assert all(row.status == "tuned" for row in result.rows)
+    model(tokens).sum().backward()
+    plans = model.conv.plans
+    assert plans is not None and plans.forward.problem in [row.problem for row in result.rows]
+    assert {p.source for p in (plans.forward, plans.grad_input, plans.grad_weight) if p} == {Source.RECORD}
+
+
 def test_a_sum_is_tuned_whole_and_in_its_parts(clock: Callable[..., FakeClock]) -> None:
     clock()
     island, wings = nn.Conv1d(4, 4, 3, padding=1, groups=4), nn.Conv1d(4, 4, 5, padding=4, dilation=2, groups=4)

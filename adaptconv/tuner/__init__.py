@@ -2,7 +2,8 @@
 
 ``session`` shares the time among the problems, ``contest`` finds the winner of one: ``entrants`` says who takes
 part, ``final`` who wins. ``bench`` holds its operands and checks its candidates, ``search`` asks Optuna what to try
-(nothing else imports optuna), ``result`` is what comes back and ``factory`` finds a model by name.
+(nothing else imports optuna), ``result`` is what comes back, ``factory`` finds a model by name and ``problems`` what it
+computes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -23,6 +23,7 @@ from adaptconv.problem import Device, Problem
 from adaptconv.records import DatabaseError, DatabaseWarning, Record
 from adaptconv.tuner import contest, entrants
 from adaptconv.tuner.compiling import compiling
+from adaptconv.tuner.problems import model_problems
 from adaptconv.tuner.result import KNOWN, NOT_TUNED, TUNED, TuneError, TuneResult, TuneRow, gain
 
 _LOG = logging.getLogger("adaptconv.tuner")
@@ -225,29 +226,6 @@ class _Session:
         if not rows and not note:
             note = "there are no problems, so there is nothing to tune"
         return TuneResult(rows, seconds, self.interrupted, database, note)
-
-
-def model_problems(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool = False
-) -> tuple[list[Problem], list[str]]:
-    """The distinct problems of a call of the model, in every direction needed; why other convolutions are none.
-
-    Raises:
-        TuneError: the model cannot be called on these inputs.
-    """
-    from adaptconv.compile.optimize import collect_sites
-
-    try:
-        sites = collect_sites(model, args, kwargs, train=train)
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise TuneError(
-            f"the model failed when called on the example inputs: {type(error).__name__}: {text}"
-        ) from error
-    found: dict[str, Problem] = {}
-    for site in sites:
-        found |= {problem.key(): problem for problem in site.problems() if problem.key() not in found}
-    return list(found.values()), [site.reason for site in sites if site.problem is None]
 
 
 def known_record(problem: Problem) -> Record | None:

@@ -16,7 +16,7 @@ import adaptconv
 from adaptconv.errors import told
 from adaptconv.kernels import LearnableSpacing
 from adaptconv.measure import interleave
-from adaptconv.tuner.session import model_problems
+from adaptconv.tuner.problems import model_problems
 from benchmarks.facts import now
 from benchmarks.gpu.steps import begin
 from benchmarks.zoo.papers import ConvNeXt
