@@ -53,18 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    narrowed: dict[str, Any] = {
-        "choices": ("bfloat16", "float16"),
-        "help": "for a model that runs under torch.autocast of this dtype: its convolutions are in it",
-    }
-
     demo = command("demo", "tune, compile, check and report two real networks, in under three minutes", _demo)
     demo.add_argument("rest", nargs=argparse.REMAINDER, help="passed on; see 'adaptconv demo -- --help'")
 
     tune = command("tune", "measure a model's convolutions and remember the fastest exact way", _tune)
-    tune.add_argument("factory", metavar="package.module:factory", help="returns (model, example_inputs)")
-    tune.add_argument("--train", action="store_true", help="tune both gradients as well")
-    tune.add_argument("--autocast", **narrowed)
+    _model_options(tune, "tune both gradients as well")
     tune.add_argument("--budget", type=_seconds, metavar="60s", help="time for the whole run: 90, 60s, 5m, 1h")
     tune.add_argument("--trials", type=_positive, metavar="N", help="most configurations tried a backend")
     workers = "processes that compile GPU kernels ahead of their turn: 0 for none (one less than there are processors)"
@@ -74,13 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--database", type=Path, metavar="DIR", help="write here instead of the user's cache")
 
     report = command("report", "what optimize() would do with a model, and why; compiles nothing", _report)
-    report.add_argument("factory", metavar="package.module:factory", help="returns (model, example_inputs)")
-    report.add_argument("--train", action="store_true", help="include both gradients")
-    report.add_argument("--autocast", **narrowed)
+    _model_options(report, "include both gradients")
     report.add_argument("--format", choices=("table", "markdown", "json"), default="table")
 
     explain = command("explain", "every candidate for a convolution, what it answered and why", _explain)
-    explain.add_argument("factory", nargs="?", metavar="package.module:factory", help="explain every site of a model")
+    _model_options(explain, "both gradients too", nargs="?")
     explain.add_argument("--input", type=_ints, metavar="N,C,H,W", help="input shape, for one layer")
     explain.add_argument("--weight", type=_ints, metavar="O,I,K,K", help="weight shape; O,I,T with --taps")
     explain.add_argument("--taps", metavar="PATTERN", help="tap pattern, e.g. 10101/00100 or 3x3d2x2")
@@ -90,8 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--groups", type=int, default=1)
     explain.add_argument("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     explain.add_argument("--channels-last", action="store_true")
-    explain.add_argument("--train", action="store_true", help="both gradients too")
-    explain.add_argument("--autocast", **narrowed)
 
     bench = command("bench", "run the benchmark suites of a clone", _bench)
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on; see 'adaptconv bench -- --help'")
@@ -106,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--calibrate", action="store_true", help=calibrate)
     doctor.add_argument("--budget", type=_seconds, default=6.0, metavar="6s", help="time for --calibrate to measure")
     return parser
+
+
+def _model_options(command: argparse.ArgumentParser, train: str, **factory: Any) -> None:
+    """What every command takes that looks at a model."""
+    command.add_argument(
+        "factory", metavar="package.module:factory", help="returns (model, example_inputs)", **factory
+    )  # fmt: skip
+    command.add_argument("--train", action="store_true", help=train)
+    command.add_argument(
+        "--autocast", choices=("bfloat16", "float16"),
+        help="for a model that runs under torch.autocast of this dtype: its convolutions are in it",
+    )  # fmt: skip
 
 
 # ---- reading arguments ----------------------------------------------------------------------------

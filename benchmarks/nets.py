@@ -321,13 +321,18 @@ def _cells(row: Row) -> list[str]:
 
 
 def _summary(rows: Sequence[Row]) -> str:
+    groups = {
+        "all": list(rows),
+        "where grouped convolutions are over 30 %": [row for row in rows if row.grouped >= 0.3],
+    }
+    groups |= {what: [row for row in rows if row.what == what] for what in ("forward", "training step")}
     parts = []
-    for what, rule in (("all", 0.0), ("where grouped convolutions are over 30 %", 0.3)):
-        ratios = [row.ratio for row in rows if row.ratio is not None and row.grouped >= rule]
+    for name, some in groups.items():
+        ratios = [row.ratio for row in some if row.ratio is not None]
         if ratios:
             mean = torch.tensor(ratios, dtype=torch.float64).log().mean().exp()
             parts.append(
-                f"{what}: {len(ratios)} rows, best / best {min(ratios):.2f}x to {max(ratios):.2f}x, mean {mean:.2f}x"
+                f"{name}: {len(ratios)} rows, best / best {min(ratios):.2f}x to {max(ratios):.2f}x, mean {mean:.2f}x"
             )
     return "; ".join(parts) or "nothing was measured"
 
