@@ -268,8 +268,9 @@ torch.library.register_autograd(
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """What autocast, where it is on, narrows a convolution of this input to."""
-    kind = x.device.type if isinstance(x, Tensor) else ""
-    return torch.get_autocast_dtype(kind) if kind and torch.is_autocast_enabled(kind) else None
+    kind = x.device.type if isinstance(x, Tensor) else "meta"
+    available = torch.amp.autocast_mode.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if available and torch.is_autocast_enabled(kind) else None
 
 
 def autocasted(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -32,8 +32,8 @@ def again(layer: dict[str, Any], input: Any, weight: Tensor) -> Call | None:
     if known is None or type(input) is not Tensor or _tracing() is not None:
         return None
     (
-        call, shape, strides, dtype, device, kind, weight_strides, stride, padding, mode, dilation, groups,
-        of_input, of_weight, pin, epoch, threads, deterministic, narrowed,
+        call, shape, strides, dtype, device, kind, weight_shape, weight_strides, stride, padding, mode, dilation,
+        groups, of_input, of_weight, pin, epoch, threads, deterministic, narrowed,
     ) = known  # fmt: skip
     grad = _grad()
     same = (
@@ -45,6 +45,7 @@ def again(layer: dict[str, Any], input: Any, weight: Tensor) -> Call | None:
         and _epoch() == epoch
         and input.stride() == strides
         and input.device == device
+        and weight.shape == weight_shape
         and weight.stride() == weight_strides
         and layer["stride"] is stride
         and layer["padding"] is padding
@@ -59,12 +60,16 @@ def again(layer: dict[str, Any], input: Any, weight: Tensor) -> Call | None:
 
 
 def remember(layer: dict[str, Any], call: Call, input: Tensor, weight: Tensor, narrowed: torch.dtype | None) -> None:
-    """Remember a call that came twice in a row, if torch answers it; where shapes change by turns there is none."""
-    if call.torchs and layer.get("_last_call") is call and type(input) is Tensor:
+    """Remember a call that came twice in a row, if torch answers it; where shapes change by turns there is none.
+
+    Nor where the geometry is in lists, which may be written to.
+    """
+    fixed = not any(isinstance(layer[name], list) for name in ("stride", "padding", "dilation"))
+    if call.torchs and layer.get("_last_call") is call and type(input) is Tensor and fixed:
         grad = _grad()
         layer[_NAME] = (
-            call, input.shape, input.stride(), input.dtype, input.device, input.device.type, weight.stride(),
-            layer["stride"], layer["padding"], layer["padding_mode"], layer["dilation"], layer["groups"],
-            grad and input.requires_grad, grad and weight.requires_grad, _pin(), _epoch(), _threads(),
+            call, input.shape, input.stride(), input.dtype, input.device, input.device.type, weight.shape,
+            weight.stride(), layer["stride"], layer["padding"], layer["padding_mode"], layer["dilation"],
+            layer["groups"], grad and input.requires_grad, grad and weight.requires_grad, _pin(), _epoch(), _threads(),
             _deterministic(), narrowed,
         )  # fmt: skip

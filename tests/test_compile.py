@@ -568,6 +568,30 @@ def test_what_comes_before_gathered_columns_is_computed_once(train):
     assert 0 < sum(source.count("erf(") for source in code) < taps  # a loop and its remainder
 
 
+SEEN = {
+    "a slice": lambda x: F.gelu(x)[:, 2:],
+    "one expanded": lambda x: x[:, :1].sin().expand(-1, 6, -1, -1),
+    "turned": lambda x: F.gelu(x).transpose(2, 3),
+    "written to": lambda x: x.clone()[:, 2:].mul_(2),
+}
+
+
+@pytest.mark.parametrize(("name", "padding"), [*((name, 0) for name in SEEN), ("a slice", 1)])
+def test_gathered_columns_of_what_is_a_view_in_the_graph(name, padding):
+    x = torch.randn(2, 8, 12, 13, requires_grad=True)
+    conv = nn.Conv2d(SEEN[name](x).shape[1], 4, 3, padding=padding)
+
+    def call(x):
+        return conv(SEEN[name](x))
+
+    with adaptconv.pinned("gather"), inductor_config.patch(force_disable_caches=True):
+        found, expected = adaptconv.optimize(call)(x), call(x)
+        torch.testing.assert_close(found, expected)
+        operands, dy = (x, conv.weight, conv.bias), torch.randn_like(expected)
+        ours = torch.autograd.grad(found, operands, dy)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, operands, dy), rtol=1e-4, atol=1e-4)
+
+
 def test_an_exported_gather_reads_inputs_of_any_strides():
     layer = adaptconv.adapt(nn.Sequential(nn.Conv2d(4, 4, 3)))
     x = torch.randn(2, 4, 9, 9)

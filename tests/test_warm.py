@@ -99,7 +99,14 @@ def _database(layer: _Adaptive, x: Tensor) -> Tensor:
     return x
 
 
+def _window(layer: _Adaptive, x: Tensor) -> Tensor:
+    layer.weight = nn.Parameter(torch.as_strided(layer.weight.detach(), (4, 4, 1, 1), layer.weight.stride()))
+    layer.padding = (1, 1)
+    return x
+
+
 CHANGES: dict[str, Changed] = {
+    "a smaller window of the weight": _window,
     "another shape": lambda layer, x: x[..., :8].contiguous(),
     "other strides": lambda layer, x: x.transpose(2, 3),
     "an input that wants its gradient": lambda layer, x: x.clone().requires_grad_(),
@@ -141,7 +148,26 @@ def test_shapes_by_turns_are_never_remembered_nor_plans_that_are_not_torchs() ->
     warmed(padded, x)
     taps = AdaptiveConv1d(4, 4, taps="101")
     warmed(taps, x)
-    assert not any(warm._NAME in each.__dict__ for each in (layer, padded, taps))
+    listed = AdaptiveConv1d(4, 4, 3)
+    listed.stride = [1]  # type: ignore[assignment]
+    warmed(listed, x)
+    listed.stride[0] = 2  # type: ignore[index]
+    assert listed(x).shape == (1, 4, 9)
+    assert not any(warm._NAME in each.__dict__ for each in (layer, padded, taps, listed))
+
+
+def test_a_smaller_window_at_the_same_strides_is_padded_anew() -> None:
+    whole, x = torch.randn(4, 3, 5, 5), torch.randn(1, 3, 8, 8)
+    layer = AdaptiveConv2d(3, 4, 5, padding="same", bias=False)
+    layer.weight = nn.Parameter(whole[:, :, :, :])
+    warmed(layer, x)
+    layer.weight = nn.Parameter(whole[:, :, 1:4, 1:4])
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding="same"))
+
+
+def test_autocast_elsewhere_lets_meta_tensors_be() -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert AdaptiveConv2d(3, 4, 3)(torch.randn(1, 3, 8, 8)).is_meta
 
 
 def test_copies_bare_weights_and_parametrized_ones() -> None:

@@ -129,17 +129,34 @@ def _pads(problem: Problem) -> list[int]:
 
 
 def _padded(problem: Problem, x: Tensor) -> Tensor:
-    """The input with its padding, in memory of its own in a graph for Inductor.
+    """The input with its padding; in a graph for Inductor by an op that it does not look into.
 
     Inductor takes what makes a tensor into every place that reads it: a GELU before the convolution would be computed
-    once for each tap, number by number under a stride. What is seen by its strides has to be written out first. An
-    exported program may be run with other strides than it was traced with.
+    once for each tap, number by number under a stride.
     """
     pads = _pads(problem)
-    padded = F.pad(x, pads) if any(pads) else x
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed():
-        return padded.as_strided(padded.shape, padded.stride())
-    return padded
+        written: Tensor = torch.ops.adaptconv.padded(x, pads)
+        return written
+    return F.pad(x, pads) if any(pads) else x
+
+
+_LIBRARY = torch.library.Library("adaptconv", "FRAGMENT")
+_LIBRARY.define("padded(Tensor x, int[] pads) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _written(x: Tensor, pads: list[int]) -> Tensor:
+    """The padded input in contiguous memory of its own."""
+    return F.pad(x, pads).contiguous() if any(pads) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _written_fake(x: Tensor, pads: list[int]) -> Tensor:
+    extents = [e + sum(pads[2 * i : 2 * i + 2]) for i, e in enumerate(reversed(x.shape[2:]))]
+    return x.new_empty((*x.shape[:2], *reversed(extents)))
+
+
+_LIBRARY.impl("padded", _written, "CompositeExplicitAutograd")
+torch.library.register_fake("adaptconv::padded", _written_fake, lib=_LIBRARY)
 
 
 def _matrix(problem: Problem, w: Tensor, live: tuple[int, ...]) -> Tensor:

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 
@@ -68,8 +68,8 @@ INLINE void narrow(float v, bf16* to) {
 
 // float16 is not read or written through subnormal floats, which the processor may be set to take for zero; its own
 // instructions heed no such setting.
+[[maybe_unused]] constexpr int kNearest = 0;  // as they number the ways to round
 #if defined(__F16C__)
-constexpr int kNearest = 0;  // as they number the ways to round
 INLINE float widened(f16 v) { return _cvtsh_ss(v.bits); }
 INLINE void narrow(float v, f16* to) { to->bits = _cvtss_sh(v, kNearest); }
 #else
