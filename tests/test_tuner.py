@@ -570,6 +570,28 @@ def test_a_large_space_is_sampled_then_descended() -> None:
     assert len(tried) == 20 and all(sum(c.values()) <= 20 for c in tried) and bowl(tried[-1]) < bowl(tried[0])  # type: ignore[arg-type]
 
 
+def test_every_backend_has_its_turn_and_then_the_best_predicted_come_first() -> None:
+    problem = problem_of()
+    held = contest._Contest(problem, torch.device("cpu"), AMPLE_S, 0)
+    batch = [[Choice(b.name, b.version, c) for c in list(b.space(problem))[::-1]] for b in entrants.contenders(problem)]
+    others = [choice for choices in batch for choice in choices if choice != held.baseline]
+
+    def predicted(choice: Choice) -> float:
+        return backend_named(choice.backend).cost(problem, choice.config)
+
+    sound: set[str] = set()
+    order = []
+    for choice in held._in_turn(batch, sound, time.monotonic() + AMPLE_S):
+        order.append(choice)
+        sound.add(choice.backend)
+    assert [choice.backend for choice in order[: len(batch)]] == [choices[0].backend for choices in batch]
+    rest = [predicted(choice) for choice in order[len(batch) :]]
+    assert rest == sorted(rest) and len(set(rest)) > 1 and sorted(map(str, order)) == sorted(map(str, others))
+    unsound = [choice.backend for choice in held._in_turn(batch, (), 0.0)]
+    assert max(unsound.count(name) for name in set(unsound)) == contest._AT_LEAST
+    assert list(held._in_turn(batch, {choices[0].backend for choices in batch}, 0.0)) == [], "out of time"
+
+
 def test_trials_caps_each_backend(clock: Callable[..., FakeClock]) -> None:
     fake = clock()
     tuned(problem_of(), trials=2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptconv.backends import Choice, backend_named
 from adaptconv.backends.gather import Gather
+from adaptconv.backends.native import Native
 from adaptconv.backends.triton.banded.backend import Banded
 from adaptconv.problem import Device, Direction, Problem
 from adaptconv.tuner import bench, bounds, compiling, entrants
@@ -114,8 +115,11 @@ def test_the_best_predicted_are_tried_first() -> None:
         time for time, config in zip(times, space, strict=True) if config != space.default
     )
     assert len(first) == len(set(first)) > 3
-    cpu = case("holes", "1011011", (20,), pad=3).problem(Direction.FORWARD, torch.float32)
-    assert all(not entrants.promising(cpu, backend) for backend in entrants.contenders(cpu))
+    cpu = replace(problem, device=Device("cpu", "any", 2), dtype="float32")
+    own = entrants.promising(cpu, Native())
+    predicted = [Native().cost(cpu, config) for config in own[1:]]
+    assert own[0] == Native().space(cpu).default and predicted == sorted(predicted) and len(predicted) > 2
+    assert not entrants.promising(cpu, Banded()) and not entrants.promising(problem, Native()), "not predicted there"
 
 
 def test_nothing_is_compiled_ahead_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

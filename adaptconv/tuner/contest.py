@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,14 @@ _LOG = logging.getLogger("adaptconv.tuner")
 _BATCH = 4  # configurations a backend a screening run
 _AT_LEAST = 4  # of them are timed however late it is
 _ROUNDS = 4  # of a short screening, that which settles the number of repeats included
-_FAR = 15.0  # times the best predicted, or the baseline
+_FAR = 15.0  # times the best predicted
+_LOST = 8.0  # times the fastest call so far
 _BEYOND = 3.0  # times the baseline, what cannot be faster than that is not run at all on a GPU
 _LONG = 0.05  # of the time for a problem: what a single call may take without being looked at twice
 _HOPELESS = 6.0  # times the baseline: told as timed by a single call
 _HOPELESS_US = 5e3  # below this a call is cheap enough to be timed properly
-_SCREENING = 0.6  # of the time for a problem
+_FINAL = 0.4  # of the time for a problem, that screening leaves
+_FINAL_ROUNDS = 12  # of those that will be in it: the final is left no more than that
 
 
 class NoBaseline(Exception):
@@ -77,7 +79,7 @@ def hold(
     # What autocast would change is the problem's dtype, and that has been decided.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         contest = _Contest(problem, device, budget_s, seed)
-        contest.screen(searches(problem, trials, storage, seed), deadline - budget_s * (1 - _SCREENING))
+        contest.screen(searches(problem, trials, storage, seed), deadline)
         return contest.decide(deadline)
 
 
@@ -87,6 +89,7 @@ class _Contest:
     def __init__(self, problem: Problem, device: torch.device, budget_s: float, seed: int) -> None:
         self.problem = problem
         self.device = device
+        self.budget_s = budget_s
         self.long_us = _LONG * budget_s * 1e6
         predicted = [d.predicted_us for d in decisions(problem) if d.predicted_us is not None]
         self.least_predicted_us = min(predicted, default=math.inf)
@@ -119,51 +122,51 @@ class _Contest:
     # ---- screening ----------------------------------------------------------------------------
 
     def screen(self, searches: list[Search], deadline: float) -> None:
-        """Try what the searches propose until they have nothing more, or time is up."""
-        halfway = (monotonic() + deadline) / 2
+        """Try what the searches propose until they have nothing more, or just the final's time is left."""
+        halfway = (monotonic() + self._until(deadline)) / 2
         first = True
         try:
-            while first or monotonic() < deadline:
+            while first or monotonic() < self._until(deadline):
                 if monotonic() > halfway:
                     for search in searches:
                         search.refine()
                 proposals = {search: search.propose(_BATCH) for search in searches}
                 if not any(proposals.values()):
                     return
-                self._screen_batch(proposals, deadline)
+                self._screen_batch(proposals, self._until(deadline))
                 first = False
         finally:
             for search in searches:
                 search.close()
 
+    def _until(self, deadline: float) -> float:
+        """When screening has to end, as far as is known by now."""
+        final_us = sum(self.sound[choice].ratio for choice in self._running(short=True)) * self.baseline_us
+        return deadline - min(_FINAL * self.budget_s, _FINAL_ROUNDS * final_us * 1e-6)
+
     def _screen_batch(self, proposals: Mapping[Search, list[Choice]], deadline: float) -> None:
         """Check and time one batch. Out of time, each backend is still tried until one of its first few is sound."""
         errors: dict[Choice, float] = {}
         first_us: dict[Choice, float] = {}
-        told: dict[Choice, float | None] = {}
-        for choices in proposals.values():
-            if self.baseline in choices:
-                told[self.baseline] = 1.0
-            sound = False
-            for i, choice in enumerate(c for c in choices if c != self.baseline):
-                if (sound or i >= _AT_LEAST) and monotonic() > deadline:
-                    break
-                try:
-                    self._guard_time(choice)
-                    error, taken = self.bench.check(choice)
-                except Discarded as failure:
-                    told[choice] = None
-                    level = logging.WARNING if failure.wrong else logging.INFO
-                    _LOG.log(level, "discarded %s on %s: %s", choice, self.problem, failure)
-                    continue
-                sound = True
-                ratio = self._hopeless(choice, taken)
-                if ratio is None:
-                    errors[choice], first_us[choice] = error, taken
-                    self.pace_us = min(self.pace_us, taken)
-                else:
-                    told[choice] = ratio
-                    self.sound[choice] = Candidate(choice, error, ratio)
+        told: dict[Choice, float | None] = {self.baseline: 1.0}
+        sound: set[str] = set()
+        for choice in self._in_turn(proposals.values(), sound, deadline):
+            try:
+                self._guard_time(choice)
+                error, taken = self.bench.check(choice)
+            except Discarded as failure:
+                told[choice] = None
+                level = logging.WARNING if failure.wrong else logging.INFO
+                _LOG.log(level, "discarded %s on %s: %s", choice, self.problem, failure)
+                continue
+            sound.add(choice.backend)
+            ratio = self._hopeless(choice, taken)
+            if ratio is None:
+                errors[choice], first_us[choice] = error, taken
+                self.pace_us = min(self.pace_us, taken)
+            else:
+                told[choice] = ratio
+                self.sound[choice] = Candidate(choice, error, ratio)
         left = deadline - monotonic()
         slow = [choice for choice, taken in first_us.items() if self._is_lost(taken)]
         for choice in slow + self._unaffordable({c: us for c, us in first_us.items() if c not in slow}, left):
@@ -179,6 +182,22 @@ class _Contest:
             for choice in choices:
                 if choice in told:
                     search.tell(choice.config, told[choice])
+
+    def _in_turn(self, batch: Iterable[list[Choice]], sound: Container[str], deadline: float) -> Iterator[Choice]:
+        """Of each backend the first few until one is ``sound``; then, while there is time, the rest, best predicted
+        first.
+        """
+        rest: list[Choice] = []
+        for choices in batch:
+            for i, choice in enumerate(choice for choice in choices if choice != self.baseline):
+                if i >= _AT_LEAST or choice.backend in sound:
+                    rest.append(choice)
+                else:
+                    yield choice
+        for choice in sorted(rest, key=lambda choice: self._predicted_us(choice) or 0.0):
+            if monotonic() > deadline:
+                return
+            yield choice
 
     def _guard_time(self, choice: Choice) -> None:
         """Keep out what would eat the time of all others: a call cannot be stopped once it runs.
@@ -235,7 +254,7 @@ class _Contest:
         """Whether a call is so long, next to the fastest so far, that one is all that will be spent on it: torch's own
         loops for half precision take hundreds of times as long as what replaces them.
         """
-        return us > _HOPELESS_US and us > _FAR * self.pace_us
+        return us > _HOPELESS_US and us > _LOST * self.pace_us
 
     def _timed(self, choices: Iterable[Choice], seconds: float, least: int, most: int) -> dict[Choice, Timing]:
         """Times of one interleaved run; a baseline that is lost is not run again."""
@@ -264,8 +283,7 @@ class _Contest:
         """Run the final, and the photo finish if it takes one; the winner as a record."""
         left = deadline - monotonic()
         running = finalists(self.sound.values(), self.baseline, short=False)
-        run = [choice for choice in running if choice != self.baseline or not self._is_lost(self.baseline_us)]
-        if sum(self.sound[choice].ratio for choice in run) * self.baseline_us * 6 > left * 1e6:
+        if sum(self.sound[choice].ratio for choice in self._running(short=False)) * self.baseline_us * 6 > left * 1e6:
             running = finalists(self.sound.values(), self.baseline, short=True)
         final = self._timed(running, min(1.0, 0.6 * left), 5, 40)
         near = too_close(final, self.baseline)
@@ -277,6 +295,11 @@ class _Contest:
             last = {choice: timing for choice, timing in last.items() if choice != winner}
             winner = chosen(last, self.baseline)
         return as_record(self.problem, self.device, winner, self.baseline, self.sound, (final, last))
+
+    def _running(self, *, short: bool) -> list[Choice]:
+        """Whom a final would time."""
+        going = finalists(self.sound.values(), self.baseline, short=short)
+        return [choice for choice in going if choice != self.baseline or not self._is_lost(self.baseline_us)]
 
     def _is_held_up(self, choice: Choice) -> bool:
         """Whether on a GPU a choice loses to the baseline when Python launches both, as it does outside of graphs.

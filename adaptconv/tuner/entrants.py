@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import torch
 
 from adaptconv import records
 from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named
+from adaptconv.backends.costs import is_modelled
 from adaptconv.backends.triton.base import TritonBackend
 from adaptconv.problem import Problem
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from adaptconv.tuner.search import Search
 
 _SEEDS = 4
-_PROMISING = 8  # configurations of a GPU's kernels that are tried before any others: they are compiled by then
+_PROMISING = 8  # configurations that are tried before any others; those of a GPU's kernels are compiled by then
 
 
 def by_hand(problem: Problem) -> list[Choice]:
@@ -53,8 +56,8 @@ def seeds_for(problem: Problem) -> dict[str, list[Config]]:
 
 
 def promising(problem: Problem, backend: Backend) -> tuple[Config, ...]:
-    """What is tried first of a GPU's kernels: the default and the best predicted; nothing of other backends."""
-    if not isinstance(backend, TritonBackend) or problem.device.kind == "cpu":
+    """What is tried first of a backend: the default and the best predicted; nothing where nothing is predicted."""
+    if isinstance(backend, TritonBackend) == is_modelled(problem.device):
         return ()
     space = backend.space(problem)
     ranked = sorted(space, key=lambda config: backend.cost(problem, config))
@@ -62,7 +65,7 @@ def promising(problem: Problem, backend: Backend) -> tuple[Config, ...]:
 
 
 def searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> list[Search]:
-    """A search for each backend that takes part. A GPU's kernels begin with those that promise most.
+    """A search for each backend that takes part. What neighbours name and what promises most take turns.
 
     Args:
         problem: what they compete on.
@@ -77,6 +80,11 @@ def searches(problem: Problem, trials: int | None, storage: Any, seed: int) -> l
     seeds = seeds_for(problem)
     make = partial(Search, problem, storage=storage, scope=scope, trials=trials, seed=seed)
     return [
-        make(backend, seeds=(*seeds.get(backend.name, ()), *promising(problem, backend)))
+        make(backend, seeds=_taking_turns(seeds.get(backend.name, ()), promising(problem, backend)[1:]))
         for backend in contenders(problem)
     ]
+
+
+def _taking_turns(first: Iterable[Config], second: Iterable[Config]) -> list[Config]:
+    pairs = itertools.zip_longest(first, second)
+    return [config for pair in pairs for config in pair if config is not None]
