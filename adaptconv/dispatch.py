@@ -7,33 +7,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import partial
-
-from torch import Tensor
 
 from adaptconv import records
-from adaptconv.backends import BACKENDS, Backend, Choice, Config, backend_named, backend_names
+from adaptconv.backends import BACKENDS, Choice, Config, backend_named, backend_names
+from adaptconv.backends.base import Call
 from adaptconv.backends.costs import is_modelled
 from adaptconv.backends.grid import plain_call
 from adaptconv.backends.native import Native, is_plain
 from adaptconv.errors import BackendRejected, UnknownKnob
 from adaptconv.pins import Pin, current_pin
+from adaptconv.predictions import COST_GAIN, best_predicted, carried_over
 from adaptconv.problem import Direction, Problem
 from adaptconv.records import Record
 
 _LOG = logging.getLogger("adaptconv.dispatch")
-Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 NEAREST_WITHIN = 2.0  # distance beyond which a neighbour says nothing: two sizes doubled, or a stale toolchain
-NEAREST_GAIN = 1.25  # a neighbour's gain over native below which native is kept; grows with its distance
-NEAREST_GAIN_PER_DISTANCE = 0.25
-# A predicted gain over native below which native is kept. On a processor whose oneDNN routes otherwise than those the
-# predictions were made on (with AMX), 14 of 41 plans of smaller predicted gains were slower than native, of 47 of
-# larger ones 1; leaving the former costs 7 % of what the 88 gain in the geometric mean.
-COST_GAIN = 2.25
 _TUNED_IN = ("float32", "bfloat16", "float16")  # a model may have been tuned without the autocast that it runs under
 
 
@@ -94,8 +85,8 @@ class Plan:
     def call(self) -> Call:
         """What runs it, ``(a, b, bias) -> result``; operands and result as in ``Backend.run``. Made once."""
         if self._call is None:
-            run = backend_named(self.choice.backend).run
-            made = plain_call(self.problem) if self.plain else partial(run, self.problem, self.choice.config)
+            prepared = backend_named(self.choice.backend).prepared
+            made = plain_call(self.problem) if self.plain else prepared(self.problem, self.choice.config)
             object.__setattr__(self, "_call", made)
         assert self._call is not None
         return self._call
@@ -156,7 +147,7 @@ def decisions(problem: Problem) -> list[Decision]:
         if reason:
             answers.append(Decision(backend.name, False, reason))
             continue
-        choice, predicted = _best_predicted(backend, problem)
+        choice, predicted = best_predicted(backend, problem)
         text = "accepts" if math.isnan(predicted) else f"predicted {predicted:,.0f} us as {choice}"
         answers.append(Decision(backend.name, True, text, choice, None if math.isnan(predicted) else predicted))
     return answers
@@ -244,26 +235,10 @@ def _from_neighbours(problem: Problem) -> tuple[Plan | None, str]:
         choice, _ = _usable(problem, hit.record)
         if choice is None:
             continue
-        gain = hit.record.native_us / hit.record.p20_us if hit.record.p20_us > 0 else 1.0
-        enough = NEAREST_GAIN + NEAREST_GAIN_PER_DISTANCE * distance
-        if gain < enough and not Native().rejects(problem):
-            choice = Native().default(problem)
-        why = f"nearest {hit.layer} record at distance {distance:.2f}, where it gained {gain:.2f}x"
+        choice, said = carried_over(problem, hit.record, choice, distance)
+        why = f"nearest {hit.layer} record at distance {distance:.2f}, {said}"
         return Plan(problem, choice, Source.NEAREST, why, plain=is_plain(problem, choice)), ""
     return None, "no record near it"
-
-
-def _best_predicted(backend: Backend, problem: Problem) -> tuple[Choice, float]:
-    """A backend's configuration of least predicted time; the default, and nan, where nothing is modelled."""
-    default = backend.default(problem)
-    if not is_modelled(problem.device):
-        return default, math.nan
-    best, best_us = default.config, backend.cost(problem, default.config)
-    for config in backend.space(problem):
-        predicted = backend.cost(problem, config)
-        if predicted < best_us and not backend.failure(problem, config):
-            best, best_us = config, predicted
-    return Choice(backend.name, backend.version, best), best_us
 
 
 def plan_from_costs(problem: Problem, note: str = "the database was not asked") -> Plan:
@@ -274,7 +249,7 @@ def plan_from_costs(problem: Problem, note: str = "the database was not asked") 
         choice = accepted[0].default(problem)
         why = f"{note}; no cost model for {problem.device.kind}"
         return Plan(problem, choice, Source.FALLBACK, why, plain=is_plain(problem, choice))
-    choice, predicted = min((_best_predicted(backend, problem) for backend in accepted), key=lambda pair: pair[1])
+    choice, predicted = min((best_predicted(backend, problem) for backend in accepted), key=lambda pair: pair[1])
     why = f"{note}; predicted {predicted:,.0f} us"
     if not native.rejects(problem):
         plain = native.default(problem)

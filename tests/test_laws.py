@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("problem",),
     ("arguments", "plots", "table", "kernel", "reference", "records", "ranks", "sharding"),
     ("backends",),
-    ("pins",),
+    ("pins", "predictions"),
     ("dispatch",),
     ("trilinear",),
     ("ops",),

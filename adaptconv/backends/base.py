@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from adaptconv.errors import UnknownKnob
 from adaptconv.problem import Problem
 
 Value = str | int | bool
+Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 transformed = torch._C._are_functorch_transforms_active
 
 
@@ -207,6 +209,10 @@ class Backend(ABC):
     @abstractmethod
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the result. Pure: torch operations only, traceable, no in-place change of operands."""
+
+    def prepared(self, problem: Problem, config: Config) -> Call:
+        """What is called again and again, ``(a, b, bias) -> result``: ``run`` with all settled that can be settled."""
+        return partial(self.run, problem, config)
 
     def default(self, problem: Problem) -> Choice:
         """The choice of this backend with every knob at its default."""

@@ -13,8 +13,9 @@ from adaptconv.backends import backend_named
 from adaptconv.backends.costs import is_modelled
 from adaptconv.backends.halves import has_kernels, is_half
 from adaptconv.compile.sites import Site
-from adaptconv.dispatch import COST_GAIN, Plan, Source, decisions
+from adaptconv.dispatch import Plan, Source, decisions
 from adaptconv.errors import BackendRejected
+from adaptconv.predictions import COST_GAIN
 from adaptconv.problem import Problem
 from adaptconv.taps import TapPattern
 from adaptconv.trilinear import Plans

@@ -8,7 +8,7 @@ problems are, ``files`` how one file is read and written, ``calibrations`` what 
 from __future__ import annotations
 
 from adaptconv.records.calibrations import Calibration
-from adaptconv.records.keys import Features, distance, parse_key
+from adaptconv.records.keys import Features, distance, parse_key, problem_of
 from adaptconv.records.layers import DatabaseWarning
 from adaptconv.records.packs import (
     Conflict,
@@ -50,6 +50,7 @@ __all__ = [
     "is_current",
     "merge",
     "parse_key",
+    "problem_of",
     "toolchain",
     "use_database",
     "utc_now",

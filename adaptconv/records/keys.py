@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import sub
 
+from adaptconv.problem import Device, Direction, Problem
+from adaptconv.taps import TapPattern
+
 # Distances. One doubling of a size that scales the work costs about 1.
 OTHER_DEVICE = 4.0
 OTHER_THREADS = 1.0
@@ -161,6 +164,32 @@ def parse_key(key: str) -> Features:
         spatial, taps, taps_class, float(match["density"] or 1), window, dilation, stride, padding, match["dtype"],
         match["layout"], match["bias"] == "bias", match["fp32_precision"], match["order"] == "deterministic",
         match["device"],
+    )  # fmt: skip
+
+
+def problem_of(key: str, device: Device) -> Problem:
+    """Read a problem's key back as the problem, on a device of yours.
+
+    Args:
+        key: canonical text of a problem of a size like one at hand: its taps are listed.
+        device: a key names its own by a slug only.
+
+    Raises:
+        ValueError: the text is not the key of a problem that there can be.
+    """
+    features, match = parse_key(key), _KEY.fullmatch(key)
+    assert match is not None
+    footprint = f"*{match['footprint']}" if match["footprint"] else ""
+    density = f"~{match['density']}" if match["density"] else ""
+    taps = TapPattern.parse(f"{match['taps']}{footprint}{density}")
+    channels = features.c_in, features.c_out
+    if not features.groups or any(not count or count % features.groups for count in channels) or 0 in features.stride:
+        raise ValueError(f"no problem has these channels, groups or strides: {key[:80]!r}")
+    return Problem(
+        Direction(features.direction), features.batch, *channels, features.groups, features.spatial, taps,
+        features.stride, features.padding, features.dtype, features.layout,
+        device, features.bias, features.fp32_precision,
+        features.deterministic,
     )  # fmt: skip
 
 
