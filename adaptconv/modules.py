@@ -222,10 +222,11 @@ class _Adaptive(nn.modules.conv._ConvNd):
         if family is None and not compiling:
             own = self._parameters  # past nn.Module's slow __getattr__; a parametrized weight is not in it
             held = own.get("weight")
-            known = None if held is None or "bias" not in own else warm.again(self.__dict__, input, held)
-            if known is not None and held is not None:
-                self.__dict__["_last_call"] = known
-                return known.run(input, held, own["bias"])
+            if held is not None and "bias" in own:
+                known = warm.again(self.__dict__, input, held, own["bias"])
+                if known is not None:
+                    self.__dict__["_last_call"] = known
+                    return known.run(input, held, own["bias"])
         if family is not None and family.factorised and not _is_sharded(input):
             input, padding = self._padded(input)
             tensors = [getattr(self, name) for name in self._slots]
@@ -246,7 +247,7 @@ class _Adaptive(nn.modules.conv._ConvNd):
             self._axes, input, weight, bias, self.stride, padding, self.dilation, self.groups, self.taps, narrowed
         )  # fmt: skip
         if family is None and self.padding_mode == "zeros":
-            warm.remember(self.__dict__, call, input, weight, narrowed)
+            warm.remember(self.__dict__, call, input, weight, bias, narrowed)
         self.__dict__["_last_call"] = call  # for the report: past nn.Module's slow __setattr__
         return call.run(input, weight, bias)
 

@@ -92,6 +92,7 @@ CASES = (
     case("1d-pointwise-strided", "1d1", (13,), channels=(5, 7), stride=4),
     # ---- 2-D
     case("2d-plain", "3x3", (8, 9), pad=1, bias=True),
+    case("2d-pointwise", "1x1", (6, 5), channels=(5, 7), batch=3, bias=True),
     case("2d-one-to-one-map", "1x1", (1, 1), channels=(7, 5)),
     case("2d-kernel-on-one-pixel", "3x3", (1, 1), batch=1, channels=(3, 5), pad=1, bias=True),
     case("2d-even-kernel-asymmetric", "2x4", (7, 8), pad=((0, 1), (1, 2))),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptconv.backends import costs, halves
-from adaptconv.backends.base import Backend, Config, Knob, Space, laid_out, transformed
+from adaptconv.backends.base import Backend, Call, Config, Knob, Space, laid_out, transformed
+from adaptconv.backends.pointwise import is_pointwise, product
 from adaptconv.backends.weights import picked
 from adaptconv.problem import Direction, Problem
 
@@ -53,6 +56,8 @@ class Gather(Backend):
         """A matrix product, plus writing and reading the columns."""
         if halves.is_wide(config):
             return costs.in_float32_us(self.cost, problem, config)
+        if is_pointwise(problem):
+            return costs.columns_us(problem, problem.flops, problem.bytes)
         live = len(_live(problem))
         columns = _image_bytes(problem) * problem.batch
         share = live / max(len(problem.taps), 1)
@@ -60,14 +65,18 @@ class Gather(Backend):
 
     def run(self, problem: Problem, config: Config, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Gather, multiply, and scatter back where the direction asks for it."""
+        return self.prepared(problem, config)(a, b, bias)
+
+    def prepared(self, problem: Problem, config: Config) -> Call:
+        """The call with its chunks and slices settled: between small products Python's time shows."""
         if halves.is_wide(config):
-            return halves.in_float32(self.run, problem, config, a, b, bias)
-        bound = int(config["workspace_mib"]) * _MIB
-        if problem.direction is Direction.FORWARD:
-            return _forward(problem, bound, a, b, bias)
-        if problem.direction is Direction.GRAD_INPUT:
-            return _grad_input(problem, bound, a, b)
-        return _grad_weight(problem, bound, a, b)
+            return partial(halves.in_float32, self.run, problem, config)
+        if is_pointwise(problem):
+            return product(problem)
+        run = {
+            Direction.FORWARD: _forward, Direction.GRAD_INPUT: _grad_input, Direction.GRAD_WEIGHT: _grad_weight
+        }[problem.direction]  # fmt: skip
+        return partial(run, _settled(problem, int(config["workspace_mib"]) * _MIB))
 
 
 def slices(problem: Problem, config: Config) -> int:
@@ -106,35 +115,55 @@ def _chunks(problem: Problem, bound: int) -> Iterator[tuple[slice, slice]]:
             yield slice(n, n + 1), slice(row, min(row + step, rows))
 
 
-def _view(problem: Problem, padded: Tensor, tap: int, rows: slice) -> Tensor:
-    """What one tap reads for some output rows: ``[n, C_in, rows, *out_spatial[1:]]``."""
-    view = padded
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """A problem cut into chunks.
+
+    Attributes:
+        problem: the problem.
+        live: taps that can touch the input.
+        pads: zeros around the input, as ``F.pad`` takes them.
+        chunks: images, rows of the output, and what each live tap reads of these images: the index of a view
+            ``[n, C_in, rows, *out_spatial[1:]]`` of the padded input.
+    """
+
+    problem: Problem
+    live: tuple[int, ...]
+    pads: list[int]
+    chunks: tuple[tuple[slice, slice, tuple[tuple[slice, ...], ...]], ...]
+
+
+def _settled(problem: Problem, bound: int) -> _Settled:
+    live = _live(problem)
+    chunks = tuple(
+        (images, rows, tuple(_read_by(problem, tap, rows) for tap in live)) for images, rows in _chunks(problem, bound)
+    )
+    return _Settled(problem, live, [zeros for pair in reversed(problem.padding) for zeros in pair], chunks)
+
+
+def _read_by(problem: Problem, tap: int, rows: slice) -> tuple[slice, ...]:
+    index = [slice(None), slice(None)]
     for axis, (start, step, count) in enumerate(
         zip(problem.taps.offsets[tap], problem.stride, problem.out_spatial, strict=True)
     ):
         first, stop = (rows.start, rows.stop) if axis == 0 else (0, count)
-        view = view[(slice(None),) * (2 + axis) + (slice(start + first * step, start + (stop - 1) * step + 1, step),)]
-    return view
+        index.append(slice(start + first * step, start + (stop - 1) * step + 1, step))
+    return tuple(index)
 
 
-def _columns(problem: Problem, padded: Tensor, live: tuple[int, ...], rows: slice) -> Tensor:
+def _columns(problem: Problem, padded: Tensor, reads: tuple[tuple[slice, ...], ...]) -> Tensor:
     """Columns of a chunk, ``[n, groups, C_in/groups * T, pixels]``."""
-    seen = torch.stack([_view(problem, padded, t, rows) for t in live], dim=2)
-    n = seen.shape[0]
-    return seen.reshape(n, problem.groups, problem.c_in // problem.groups * len(live), -1)
+    views = [padded[index] for index in reads]
+    seen = torch.stack(views, dim=2) if len(views) > 1 else views[0]
+    return seen.reshape(seen.shape[0], problem.groups, problem.c_in // problem.groups * len(views), -1)
 
 
-def _pads(problem: Problem) -> list[int]:
-    return [zeros for pair in reversed(problem.padding) for zeros in pair]
-
-
-def _padded(problem: Problem, x: Tensor) -> Tensor:
+def _padded(x: Tensor, pads: list[int]) -> Tensor:
     """The input with its padding; in a graph for Inductor by an op that it does not look into.
 
     Inductor takes what makes a tensor into every place that reads it: a GELU before the convolution would be computed
     once for each tap, number by number under a stride.
     """
-    pads = _pads(problem)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed():
         written: Tensor = torch.ops.adaptconv.padded(x, pads)
         return written
@@ -165,58 +194,59 @@ def _matrix(problem: Problem, w: Tensor, live: tuple[int, ...]) -> Tensor:
     return kept.reshape(problem.groups, problem.c_out // problem.groups, -1)
 
 
-def _forward(problem: Problem, bound: int, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    live = _live(problem)
-    n_out = problem.output_shape
-    if not live:
-        y = x.new_zeros(n_out)
+def _forward(settled: _Settled, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    problem = settled.problem
+    if not settled.live:
+        y = x.new_zeros(problem.output_shape)
     else:
-        padded, matrix = _padded(problem, x), _matrix(problem, w, live)
+        padded, matrix = _padded(x, settled.pads), _matrix(problem, w, settled.live)
+        across = problem.out_spatial[1:]
         parts: dict[int, list[Tensor]] = {}
-        for images, rows in _chunks(problem, bound):
-            product = torch.matmul(matrix, _columns(problem, padded[images], live, rows))
-            shape = (product.shape[0], problem.c_out, rows.stop - rows.start, *problem.out_spatial[1:])
-            parts.setdefault(images.start, []).append(product.reshape(shape))
+        for images, rows, reads in settled.chunks:
+            found = torch.matmul(matrix, _columns(problem, padded[images], reads))
+            shape = (found.shape[0], problem.c_out, rows.stop - rows.start, *across)
+            parts.setdefault(images.start, []).append(found.reshape(shape))
         whole = [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts.values()]
         y = whole[0] if len(whole) == 1 else torch.cat(whole)
     if bias is not None:
-        y = y + bias.reshape(-1, *(1,) * problem.axes)
+        column = bias.reshape(-1, *(1,) * problem.axes)
+        y = y + column if transformed() else y.add_(column)  # a second tensor costs more than the sum
     return laid_out(y, problem.memory_format)
 
 
-def _grad_input(problem: Problem, bound: int, dy: Tensor, w: Tensor) -> Tensor:
-    live = _live(problem)
+def _grad_input(settled: _Settled, dy: Tensor, w: Tensor, _: Tensor | None) -> Tensor:
+    problem, live = settled.problem, settled.live
     padded_spatial = tuple(extent + sum(pair) for extent, pair in zip(problem.spatial, problem.padding, strict=True))
     # Taps overlap: their sum is kept in float32 where the operands are narrower.
     wide = torch.float32 if problem.torch_dtype.itemsize < 4 else problem.torch_dtype
     padded = dy.new_zeros((problem.batch, problem.c_in, *padded_spatial), dtype=wide)
     if live:
         matrix = _matrix(problem, w, live).transpose(1, 2)
-        for images, rows in _chunks(problem, bound):
+        for images, rows, reads in settled.chunks:
             grad = dy[images][:, :, rows]
             spread = torch.matmul(
                 matrix, grad.reshape(grad.shape[0], problem.groups, problem.c_out // problem.groups, -1)
             )
             spread = spread.reshape(grad.shape[0], problem.c_in, len(live), *grad.shape[2:])
             chunk = padded[images]
-            for i, t in enumerate(live):
-                _view(problem, chunk, t, rows).add_(spread[:, :, i])
-    dx = F.pad(padded, [-zeros for zeros in _pads(problem)]).to(problem.torch_dtype)
+            for i, index in enumerate(reads):
+                chunk[index].add_(spread[:, :, i])
+    dx = F.pad(padded, [-zeros for zeros in settled.pads]).to(problem.torch_dtype)
     return laid_out(dx, problem.memory_format)
 
 
-def _grad_weight(problem: Problem, bound: int, x: Tensor, dy: Tensor) -> Tensor:
-    live = _live(problem)
+def _grad_weight(settled: _Settled, x: Tensor, dy: Tensor, _: Tensor | None) -> Tensor:
+    problem, live = settled.problem, settled.live
     wide = torch.float32 if problem.torch_dtype.itemsize < 4 else problem.torch_dtype
     if not live:
         return x.new_zeros(problem.weight_shape)
-    padded = _padded(problem, x)
+    padded = _padded(x, settled.pads)
     total: Tensor | None = None
-    for images, rows in _chunks(problem, bound):
+    for images, rows, reads in settled.chunks:
         grad = dy[images][:, :, rows]
         grad = grad.reshape(grad.shape[0], problem.groups, problem.c_out // problem.groups, -1)
-        product = torch.matmul(grad, _columns(problem, padded[images], live, rows).transpose(2, 3)).sum(0, dtype=wide)
-        total = product if total is None else total + product
+        found = torch.matmul(grad, _columns(problem, padded[images], reads).transpose(2, 3)).sum(0, dtype=wide)
+        total = found if total is None else total + found
     assert total is not None, "an empty batch is answered before any backend runs"
     dw = total.to(problem.torch_dtype).reshape(problem.c_out, problem.c_in // problem.groups, len(live))
     if len(live) == len(problem.taps):
