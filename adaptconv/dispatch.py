@@ -70,6 +70,8 @@ class Plan:
         source: which step of dispatch decided.
         why: that step's reason, in words.
         record: the record it rests on, if any.
+        gain_us: microseconds it gains over torch's own call, as measured, carried over or predicted; None where there
+            is no such call, or nobody knows.
         plain: whether it is exactly the torch call adaptconv stands in for.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     source: Source
     why: str
     record: Record | None = None
+    gain_us: float | None = None
     plain: bool = field(default=False)
     _call: Call | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -221,7 +224,8 @@ def _from_record(problem: Problem) -> tuple[Plan | None, list[str]]:
     if choice is None:
         return None, [f"the {hit.layer} record {reason}"]
     why = f"{hit.layer} database, measured {hit.record.measured_on}"
-    return Plan(problem, choice, Source.RECORD, why, hit.record, is_plain(problem, choice)), []
+    gain_us = None if Native().rejects(problem) else hit.record.native_us - hit.record.p20_us
+    return Plan(problem, choice, Source.RECORD, why, hit.record, gain_us, is_plain(problem, choice)), []
 
 
 def _is_known(problem: Problem, dtype: str) -> bool:
@@ -235,9 +239,10 @@ def _from_neighbours(problem: Problem) -> tuple[Plan | None, str]:
         choice, _ = _usable(problem, hit.record)
         if choice is None:
             continue
-        choice, said = carried_over(problem, hit.record, choice, distance)
-        why = f"nearest {hit.layer} record at distance {distance:.2f}, {said}"
-        return Plan(problem, choice, Source.NEAREST, why, plain=is_plain(problem, choice)), ""
+        found = carried_over(problem, hit.record, choice, distance)
+        why = f"nearest {hit.layer} record at distance {distance:.2f}, {found.why}"
+        plain = is_plain(problem, found.choice)
+        return Plan(problem, found.choice, Source.NEAREST, why, gain_us=found.gain_us, plain=plain), ""
     return None, "no record near it"
 
 
@@ -251,10 +256,12 @@ def plan_from_costs(problem: Problem, note: str = "the database was not asked") 
         return Plan(problem, choice, Source.FALLBACK, why, plain=is_plain(problem, choice))
     choice, predicted = min((best_predicted(backend, problem) for backend in accepted), key=lambda pair: pair[1])
     why = f"{note}; predicted {predicted:,.0f} us"
+    gain_us = None
     if not native.rejects(problem):
         plain = native.default(problem)
         plain_us = native.cost(problem, plain.config)
         why += f" against native's {plain_us:,.0f} us"
+        gain_us = plain_us - predicted
         if plain_us < COST_GAIN * predicted:
-            choice, why = plain, f"{why}, too close to leave native"
-    return Plan(problem, choice, Source.COST, why, plain=is_plain(problem, choice))
+            choice, why, gain_us = plain, f"{why}, too close to leave native", 0.0
+    return Plan(problem, choice, Source.COST, why, gain_us=gain_us, plain=is_plain(problem, choice))

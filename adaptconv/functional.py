@@ -239,6 +239,7 @@ def _planned(
     )
     grad = _grad()
     plans = trilinear.plan_all(problem, grad and input.requires_grad, grad and weight.requires_grad)
+    plans = trilinear.worth_leaving(plans)
     if plans.plain and not own_pattern:
         even = tuple(before for before, _ in pads)  # what is plain is padded evenly
         return Call(lambda x, w, b: torch_conv(x, w, b, strides, even, dilation, groups), plans, True)

@@ -8,6 +8,7 @@ over one of torch's cliffs: depthwise 13x13 and 15x15 windows are neighbours, an
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from adaptconv.backends import BACKENDS, Backend, Choice, backend_named
 from adaptconv.backends.costs import is_modelled
@@ -39,8 +40,23 @@ def best_predicted(backend: Backend, problem: Problem) -> tuple[Choice, float]:
     return Choice(backend.name, backend.version, best), best_us
 
 
-def carried_over(problem: Problem, record: Record, choice: Choice, distance: float) -> tuple[Choice, str]:
-    """What the record of a similar problem says of this one: a choice, and why, in words.
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What is expected to be best.
+
+    Attributes:
+        choice: backend and configuration.
+        why: in words.
+        gain_us: microseconds it gains over torch's own call; None where there is no such call, or nobody knows.
+    """
+
+    choice: Choice
+    why: str
+    gain_us: float | None
+
+
+def carried_over(problem: Problem, record: Record, choice: Choice, distance: float) -> Expected:
+    """What the record of a similar problem says of this one.
 
     The neighbour's winner, unless native is expected to come too near to it; or what is predicted to be best here,
     where that is expected to be far ahead of both. The neighbour's times grow as predictions do from there to here;
@@ -66,12 +82,14 @@ def carried_over(problem: Problem, record: Record, choice: Choice, distance: flo
     winner = min(expected, key=lambda each: expected[each])
     said = f"where it gained {record.native_us / p20_us:.2f}x"
     if plain is None:
-        return winner, said
+        return Expected(winner, said, None)
     native_us = record.native_us * _growth(plain, problem, there)
     enough = _GAIN + _GAIN_PER_DISTANCE * distance
     if there is not None:
         said += f"; {native_us / expected[winner]:.2f}x is expected here"
-    return (plain if native_us < enough * expected[winner] else winner), said
+    if native_us < enough * expected[winner]:
+        return Expected(plain, said, 0.0)
+    return Expected(winner, said, None if there is None else native_us - expected[winner])
 
 
 def _problem_of(record: Record, like: Problem) -> Problem | None:

@@ -37,8 +37,8 @@ def test_every_backend_is_checked_against_float64() -> None:
 def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from adaptconv.backends.gather import Gather
 
-    run = Gather.run
-    monkeypatch.setattr(Gather, "run", lambda *args, **named: run(*args, **named) * 1.01)
+    prepared = Gather.prepared
+    monkeypatch.setattr(Gather, "prepared", lambda *each: lambda *operands: prepared(*each)(*operands) * 1.01)
     (check,) = _checks(backends=[Gather()], spread=False)
     assert check.wrong
     assert "error" in check.reason

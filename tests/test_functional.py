@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import adaptconv
-from adaptconv import BackendRejected, Kernel, TapPattern, pinned
+from adaptconv import BackendRejected, Kernel, TapPattern, pinned, records, trilinear
+from adaptconv.backends import backend_named
 from adaptconv.dispatch import current_pin
 from adaptconv.errors import AdaptConvError, UnknownBackend, UnknownKnob
+from adaptconv.problem import Direction
 
 OURS: dict[int, Callable[..., Tensor]] = {1: adaptconv.conv1d, 2: adaptconv.conv2d, 3: adaptconv.conv3d}
 TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -477,3 +479,55 @@ def test_flags_of_float32_that_differ_by_operation_are_no_error() -> None:
             torch.testing.assert_close(adaptconv.conv1d(x, w), right)
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+
+
+# ---- what Python costs --------------------------------------------------------------------------
+
+
+def _recorded(x: Tensor, weight: Tensor, gain_us: float, native_us: float = 1e3) -> None:
+    """Records of all three directions in which gather gains so much."""
+    forward = trilinear.forward_problem(
+        x, weight, TapPattern.grid((3,), (1,)), (1,), ((1, 1),), 1, False, "contiguous"
+    )  # fmt: skip
+    for direction in Direction:
+        problem = forward.facing(direction)
+        choice = backend_named("gather").default(problem)
+        records.default_store().write(
+            records.Record(
+                key=problem.key(), backend=choice.backend, version=choice.version, config=dict(choice.config),
+                p20_us=native_us - gain_us, median_us=native_us, p80_us=native_us, native_us=native_us, error=1e-7,
+                native_error=1e-7, toolchain=records.toolchain(x.device), measured_on="2026-01-31",
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("gain_us", "infers", "trains"), [(1.0, "native", "native"), (20.0, "gather", "native"),
+                                                           (60.0, "gather", "gather")])  # fmt: skip
+def test_torchs_own_call_is_left_where_that_gains_what_python_costs(gain_us: float, infers: str, trains: str) -> None:
+    layer, x = adaptconv.AdaptiveConv1d(4, 4, 3, padding=1, bias=False), torch.randn(1, 4, 20)
+    _recorded(x, layer.weight, gain_us)
+    with torch.no_grad():
+        layer(x)
+    assert layer.plans is not None and layer.plans.forward.choice.backend == infers
+    y = layer(x.requires_grad_())
+    plans = layer.plans
+    assert [p.choice.backend for p in (plans.forward, plans.grad_input, plans.grad_weight) if p] == [trains] * 3
+    if trains == "native" != infers:
+        assert f"gain {3 * gain_us:.0f} us" in plans.forward.why and "of Python" in plans.forward.why
+        assert plans.forward.record is None and plans.forward.gain_us == 0
+    torch.testing.assert_close(y, F.conv1d(x, layer.weight, padding=1))
+
+
+def test_taps_that_are_no_grid_leave_torchs_own_call_whatever_it_gains() -> None:
+    layer, x = adaptconv.AdaptiveConv1d(4, 4, taps="1101", bias=False), torch.randn(1, 4, 20, requires_grad=True)
+    layer(x)
+    assert layer.plans is not None and layer.plans.forward.gain_us is None and not layer.plans.plain
+
+
+def test_the_gradient_of_an_input_is_a_tensor_of_its_own() -> None:
+    """Autograd adds up in place only what is nobody's view."""
+    x, w = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(3, 4, 1, 1, requires_grad=True)
+    with adaptconv.pinned("gather"):
+        y = adaptconv.conv2d(x, w)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert not y._is_view() and not dx._is_view()

@@ -63,39 +63,40 @@ def test_a_key_of_no_problem_is_refused(bad: str) -> None:
 
 def test_a_neighbours_winner_is_kept_where_predictions_grow_alike() -> None:
     near = depthwise(13, batch=64)
-    choice, said = carried_over(near, record_of(depthwise(13), PADDED, 1.6), PADDED, 0.5)
-    assert choice == PADDED and "gained 1.60x" in said and "expected here" in said
-    assert carried_over(near, record_of(depthwise(13), PADDED, 1.3), PADDED, 0.5)[0] == PLAIN, (
-        "too close to leave native"
-    )
-    assert carried_over(near, record_of(depthwise(13), PLAIN, 1.0), PLAIN, 0.5)[0] == PLAIN
+    found = carried_over(near, record_of(depthwise(13), PADDED, 1.6), PADDED, 0.5)
+    assert found.choice == PADDED and "gained 1.60x" in found.why and "expected here" in found.why
+    assert found.gain_us == pytest.approx(1200, rel=0.2), "twice the batch, twice the 600 us gained there"
+    close = carried_over(near, record_of(depthwise(13), PADDED, 1.3), PADDED, 0.5)
+    assert close.choice == PLAIN and close.gain_us == 0, "too close to leave native"
+    assert carried_over(near, record_of(depthwise(13), PLAIN, 1.0), PLAIN, 0.5).choice == PLAIN
 
 
 def test_a_neighbours_native_is_left_where_predictions_see_a_cliff() -> None:
     beyond = depthwise(15)
-    choice, said = carried_over(beyond, record_of(depthwise(13), PLAIN, 1.0), PLAIN, 0.5)
-    assert cost(beyond, PLAIN) > COST_GAIN * cost(beyond, choice) and "gained 1.00x" in said
+    found = carried_over(beyond, record_of(depthwise(13), PLAIN, 1.0), PLAIN, 0.5)
+    assert cost(beyond, PLAIN) > COST_GAIN * cost(beyond, found.choice) and "gained 1.00x" in found.why
 
 
 def test_a_neighbours_winner_is_left_where_predictions_see_it_fall() -> None:
     """In channels_last the larger window is fast too, and turning it contiguous would be the slow way."""
     turned = Choice("native", 1, Config(layout="contiguous", pad="implicit"))
     here, there = depthwise(15, "channels_last"), depthwise(13, "channels_last")
-    assert carried_over(there, record_of(there, turned, 1.7), turned, 0.0)[0] == turned
-    assert carried_over(here, record_of(there, turned, 1.7), turned, 0.5)[0] == PLAIN
+    assert carried_over(there, record_of(there, turned, 1.7), turned, 0.0).choice == turned
+    assert carried_over(here, record_of(there, turned, 1.7), turned, 0.5).choice == PLAIN
 
 
 def test_taps_that_are_no_grid_take_the_neighbours_winner() -> None:
     there = case("holed", "1011011", (20,), pad=3).problem(Direction.FORWARD, torch.float32)
     gather = backend_named("gather").default(there)
-    assert carried_over(replace(there, batch=4), record_of(there, gather, 1.0), gather, 0.5)[0] == gather
+    found = carried_over(replace(there, batch=4), record_of(there, gather, 1.0), gather, 0.5)
+    assert found.choice == gather and found.gain_us is None
 
 
 def test_where_nothing_is_predicted_the_measured_gain_decides() -> None:
     card = Device("xpu", "Other", 0)
     here, there = depthwise(15, device=card), depthwise(13, device=card)
-    assert carried_over(here, record_of(there, TURNED, 3.0), TURNED, 0.5)[0] == TURNED
-    assert carried_over(here, record_of(there, TURNED, 1.3), TURNED, 0.5)[0] == PLAIN
+    assert carried_over(here, record_of(there, TURNED, 3.0), TURNED, 0.5).choice == TURNED
+    assert carried_over(here, record_of(there, TURNED, 1.3), TURNED, 0.5).choice == PLAIN
 
 
 def test_a_record_of_no_problem_breaks_nothing() -> None:

@@ -38,14 +38,17 @@ def test_compiling_in_the_first_call_is_not_held_against_a_kernel(monkeypatch: p
     problem = case("small", "5x5", (9, 8), channels=(4, 4), groups=4, pad=2).problem(Direction.FORWARD, torch.float32)
     taken_ns = [1_000_000_000, 7_000]  # of the first call, and of the second
     now_ns = 0
-    run = Gather.run
+    prepared = Gather.prepared
 
-    def slow_at_first(*arguments: Any) -> Tensor:
-        nonlocal now_ns
-        now_ns += taken_ns.pop(0)
-        return run(*arguments)
+    def slow_at_first(*each: Any) -> Any:
+        def call(*operands: Any) -> Tensor:
+            nonlocal now_ns
+            now_ns += taken_ns.pop(0)
+            return prepared(*each)(*operands)
 
-    monkeypatch.setattr(Gather, "run", slow_at_first)
+        return call
+
+    monkeypatch.setattr(Gather, "prepared", slow_at_first)
     monkeypatch.setattr(bench, "perf_counter_ns", lambda: now_ns)
     stand = Bench(problem, torch.device("cpu"))
     stand.set_baseline(default("native", problem))
@@ -58,18 +61,21 @@ def test_a_plane_that_is_wrong_is_seen_among_many(monkeypatch: pytest.MonkeyPatc
     problem = case("many", "3x3", (6, 6), channels=(512, 512), groups=512, batch=16, pad=1).problem(
         Direction.FORWARD, torch.bfloat16
     )
-    run = Gather.run
+    prepared = Gather.prepared
 
-    def stale(self: Gather, *arguments: Any) -> Tensor:
-        result = run(self, *arguments).clone()
-        result[7, 99] *= 1.2
-        return result
+    def stale(*each: Any) -> Any:
+        def call(*operands: Any) -> Tensor:
+            result = prepared(*each)(*operands).clone()
+            result[7, 99] *= 1.2
+            return result
+
+        return call
 
     stand = Bench(problem, torch.device("cpu"))
     stand.set_baseline(default("native", problem))
     stand.device = torch.device("meta")
     stand.check(default("gather", problem))
-    monkeypatch.setattr(Gather, "run", stale)
+    monkeypatch.setattr(Gather, "prepared", stale)
     with pytest.raises(Discarded, match="one plane") as caught:
         stand.check(default("gather", problem))
     assert caught.value.wrong

@@ -48,7 +48,12 @@ def _by_image(problem: Problem) -> Call:
     def call(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         images = x.reshape(n, x.shape[1], -1)
         matrices = w.squeeze(2).expand(n, -1, -1)
-        y = torch.bmm(matrices, images) if bias is None else torch.baddbmm(bias.unsqueeze(1), matrices, images)
+        if bias is None:
+            y = torch.bmm(matrices, images)
+        elif torch.compiler.is_compiling():  # Inductor adds it with whatever comes next
+            y = torch.bmm(matrices, images) + bias.unsqueeze(1)
+        else:
+            y = torch.baddbmm(bias.unsqueeze(1), matrices, images)
         return y.view(n, -1, *spatial)
 
     return call

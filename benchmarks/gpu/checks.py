@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from adaptconv.backends import BACKENDS, Backend, Choice
+from adaptconv.backends.triton.base import TritonBackend
 from adaptconv.precision import fp32_precision
 from adaptconv.problem import Device, Direction, Problem
 from adaptconv.tuner.bench import Bench, Discarded
@@ -160,7 +161,8 @@ def of_problem(
 def _choices(backend: Backend, problem: Problem, spread: bool) -> list[Choice]:
     default = backend.default(problem)
     if not spread:
-        configs = promising(problem, backend)[:_TRIED] or (default.config,)
+        ours = isinstance(backend, TritonBackend)
+        configs = (promising(problem, backend)[:_TRIED] if ours else ()) or (default.config,)
         return [replace(default, config=config) for config in configs]
     space = backend.space(problem)
     return [
