@@ -141,6 +141,7 @@ CASES = (
     case("2d-spread-cross", "010/111/010*0.5,1,0.5x0.5,1,0.5", (9, 9), pad=2),
     case("3d-interpolated", "3x3x3d2x2x2*0.5,1,0.5x0.5,1,0.5x0.5,1,0.5", (7, 8, 7), channels=(3, 2), pad=3, batch=1),
     # ---- 3-D
+    case("3d-single-volume", "3x3x3d2x1x2", (6, 5, 7), channels=(4, 6), batch=1, pad=(2, 1, 2), bias=True),
     case("3d-plain", "3x3x3", (5, 6, 4), channels=(3, 5), pad=1, bias=True),
     case("3d-batch-one", "2x3x1", (5, 6, 4), batch=1, channels=(3, 4), pad=((0, 1), (1, 1), (0, 0))),
     case("3d-dilated-strided", "3x2x3d2x1x2", (8, 7, 9), channels=(4, 2), groups=2, stride=(2, 1, 3), pad=(2, 1, 0)),

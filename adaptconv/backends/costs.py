@@ -2,20 +2,18 @@
 
 Predictions rank candidates when nothing was measured; they are never shown as measurements. Source of the
 routing rules: oneDNN's depthwise kernels (the fast direct ones want channels_last and no dilation, or at most
-6 zeros of padding; anything else runs a reference loop), and what torch itself keeps from oneDNN (``use_mkldnn`` in
-aten/src/ATen/native/Convolution.cpp).
+6 zeros of padding; anything else runs a reference loop), and what torch itself keeps from oneDNN.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 
 from adaptconv import records
-from adaptconv.backends import halves
+from adaptconv.backends import halves, onednn
 from adaptconv.backends.base import Config
 from adaptconv.problem import Device, Direction, Problem
 from adaptconv.rates import DEFAULTS, Rates
@@ -112,7 +110,7 @@ def grid_us(problem: Problem, config: Config, call_us: float | None = None) -> f
         time += size / rate.copy_gbytes * 1e-3
     route = str(config.get("route", "native"))
     if not problem.is_depthwise:
-        gflops = rate.gemm_gflops * _product_share(problem, channels_last, explicit)
+        gflops = rate.gemm_gflops * _product_share(problem, channels_last, explicit, route)
     elif not _is_direct(problem, channels_last, explicit, route):
         gflops = rate.slow_gflops
     else:
@@ -138,16 +136,15 @@ _BACKWARD = 0.6  # of the rate of a forward: the vectorised gradient of the inpu
 _PADDED = 0.94  # likewise: zeros that were copied around the input are multiplied as well
 _STRIDED = 0.5  # likewise: a forward with a stride
 _UNFOLDED = 0.45  # of the rate of a product: small volumes without oneDNN, and contiguous dilated ones for the weight
-_SMALL = 20480  # values in the channels, planes and rows of a single image that torch does not hand to oneDNN
 _FULL = 16  # channels a group that fill a product
 
 
-def _product_share(problem: Problem, channels_last: bool, explicit: bool) -> float:
+def _product_share(problem: Problem, channels_last: bool, explicit: bool, route: str) -> float:
     """What share of a matrix product's rate a convolution over several channels a group reaches."""
     ins, outs = problem.c_in // problem.groups, problem.c_out // problem.groups
     thinnest = min(ins, outs) if problem.direction is Direction.GRAD_INPUT else min(ins * len(problem.taps), outs)
     share = min(1.0, thinnest / _FULL)
-    if problem.axes == 3 and _is_unfolded(problem, explicit):
+    if route != "onednn" and onednn.keeps_volume(problem, padded=explicit):
         return share * _UNFOLDED
     if not _is_dilated(problem):
         return share
@@ -156,18 +153,6 @@ def _product_share(problem: Problem, channels_last: bool, explicit: bool) -> flo
     if not explicit and (channels_last or problem.axes == 3):
         share /= _inside(problem)  # rows and columns of padding are left out
     return share
-
-
-def _is_unfolded(problem: Problem, explicit: bool) -> bool:
-    """Whether torch does not ask oneDNN: one small float32 image, and a kernel of at most three taps along an axis."""
-    grid = problem.taps.single_grid()
-    if grid is None or problem.batch > 1 or problem.groups > 1 or problem.dtype != "float32":
-        return False
-    extents = [
-        extent + (sum(pair) if explicit else 0)
-        for extent, pair in zip(problem.spatial, problem.padding, strict=True)
-    ]  # fmt: skip
-    return min(grid.size[-2:]) <= 3 and problem.c_in * math.prod(extents[:2]) <= _SMALL
 
 
 def _is_volume(problem: Problem) -> bool:

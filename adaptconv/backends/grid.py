@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptconv.backends import halves
+from adaptconv.backends import halves, onednn
 from adaptconv.backends.base import Config, Knob, Space, laid_out, transformed
 from adaptconv.backends.geometry import Geometry, geometry
 from adaptconv.backends.stand_in import is_ordinary, stand_in
@@ -34,8 +34,12 @@ def grid_space(problem: Problem) -> Space:
         Knob("layout", ("asis", other), "asis", "memory format torch convolves in; a 1-D problem goes as [N, C, 1, L]"),
         Knob("pad", pads, "implicit", "let torch pad, or F.pad first and convolve with padding 0"),
     ]
+    small = ("onednn",) if onednn.is_offered(problem) else ()
     if problem.direction is Direction.GRAD_INPUT and problem.adjoint() is not None:
-        knobs.append(Knob("route", ("native", "adjoint"), "native", "torch's backward, or a forward with flipped taps"))
+        routes = "torch's backward, or a forward with flipped taps; that by oneDNN, which torch does not ask"
+        knobs.append(Knob("route", ("native", "adjoint", *small), "native", routes))
+    elif problem.direction is Direction.FORWARD and small:
+        knobs.append(Knob("route", ("native", *small), "native", "as torch would, or oneDNN, which torch does not ask"))
     # A group an image and channel: on a GPU cuDNN may take seconds to try its algorithms on thousands of groups.
     if problem.direction is Direction.GRAD_WEIGHT and problem.is_depthwise and problem.device.kind == "cpu":
         knobs.append(
@@ -158,17 +162,18 @@ def _forward(
     if padding is None:
         x, padding = _padded(x, grid.pads), (0,) * problem.axes
     x = _laid_strictly(x, memory_format)
-    return _CONV[problem.axes](x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
+    convolve = onednn.conv3d if config.get("route") == "onednn" else _CONV[problem.axes]
+    return convolve(x, weight, bias, problem.stride, padding, grid.dilation, problem.groups)
 
 
 def _grad_input(
     problem: Problem, grid: Geometry, config: Config, memory_format: torch.memory_format, dy: Tensor, w: Tensor
 ) -> Tensor:
-    if config.get("route") == "adjoint":
+    if config.get("route") in ("adjoint", "onednn"):
         adjoint = problem.adjoint()
         assert adjoint is not None
         # The working format travels as the adjoint's own layout: its knobs are a forward's.
-        knobs = Config(layout=config["layout"], pad=config["pad"])
+        knobs = Config(layout=config["layout"], pad=config["pad"], route=config["route"])
         return run_grid(adjoint, knobs, dy, adjoint_weight(w, problem.groups))
     weight = _laid_strictly(w.reshape(*w.shape[:2], *grid.size), memory_format)
     dy = _laid_strictly(dy, memory_format)
