@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from adaptconv import records
-from adaptconv.backends import BACKENDS, Choice, Config, backend_named, backend_names
-from adaptconv.backends.base import Call
+from adaptconv.backends import BACKENDS, Choice, Config, Space, backend_named, backend_names
+from adaptconv.backends.base import Call, Value
 from adaptconv.backends.costs import is_modelled
 from adaptconv.backends.grid import plain_call
 from adaptconv.backends.native import Native, is_plain
@@ -201,18 +202,25 @@ def _from_pin(problem: Problem, pin: Pin) -> Plan:
 
 def _usable(problem: Problem, record: Record) -> tuple[Choice | None, str]:
     """A record's choice if this process can run it as it was measured, and why not otherwise."""
-    choice = Choice(record.backend, record.version, Config(record.config))
     if record.backend not in backend_names():
         return None, f"names backend '{record.backend}', which is not registered"
     backend = backend_named(record.backend)
     if record.version != backend.version:
         return None, f"was measured with version {record.version} of '{record.backend}', now {backend.version}"
-    reason = (
-        backend.rejects(problem)
-        or backend.space(problem).problem_with(choice.config)
-        or backend.failure(problem, choice.config)
-    )
+    space = backend.space(problem)
+    choice = Choice(record.backend, record.version, _as_declared(record.config, space))
+    reason = backend.rejects(problem) or space.problem_with(choice.config) or backend.failure(problem, choice.config)
     return (None, f"its choice does not fit: {reason}") if reason else (choice, "")
+
+
+def _as_declared(config: Mapping[str, Value], space: Space) -> Config:
+    """A record's configuration with the native route said or left out: which problems have others is no difference."""
+    routes = any(knob.name == "route" for knob in space.knobs)
+    if routes and "route" not in config:
+        return Config(config, route="native")
+    if not routes and config.get("route") == "native":
+        return Config({name: value for name, value in config.items() if name != "route"})
+    return Config(config)
 
 
 def _from_record(problem: Problem) -> tuple[Plan | None, list[str]]:

@@ -264,7 +264,7 @@ def executor(plans: Plans) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         asked = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         if asked or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             return differentiable(x, w, bias)  # a kernel of ours knows nothing of tangents
-        return execute(plans.forward, x, w, bias)
+        return _owned(execute(plans.forward, x, w, bias))
 
     return differentiable if plans.grad_input or plans.grad_weight else inference
 

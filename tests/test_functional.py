@@ -531,3 +531,12 @@ def test_the_gradient_of_an_input_is_a_tensor_of_its_own() -> None:
         y = adaptconv.conv2d(x, w)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert not y._is_view() and not dx._is_view()
+
+
+def test_an_inferred_result_is_a_tensor_of_its_own() -> None:
+    x = torch.randn(2, 4, 6, 5)
+    for size in (1, 3):
+        layer = adaptconv.AdaptiveConv2d(4, 3, size)
+        with adaptconv.pinned("gather"), torch.no_grad():
+            y = layer(x)
+        y.detach_().mul_(layer.bias[:, None, None])

@@ -67,7 +67,9 @@ def test_layers_ask_onednn_where_it_is_the_plan(trains: bool, compiled: bool) ->
     right, given = _results(model, x)
     with adaptconv.pinned("native", **ASKED):
         ours = adaptconv.optimize(model) if compiled else adaptconv.adapt(model)
-        found, ours_given = _results(ours, x)
+        with torch.profiler.profile() as seen:
+            found, ours_given = _results(ours, x)
+    assert any(event.key == "adaptconv::onednn" for event in seen.key_averages())
     torch.testing.assert_close(found, right)
     torch.testing.assert_close(ours_given, given, rtol=1e-4, atol=1e-4)
     if not compiled:
@@ -81,12 +83,17 @@ def _results(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return y, list(torch.autograd.grad(y.square().sum(), [x, *model.parameters()])) if x.requires_grad else []
 
 
-def test_where_onednn_is_not_wanted_torch_answers() -> None:
+def test_where_onednn_is_not_wanted_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(1, 4, 6, 5, 7), torch.randn(6, 4, 3, 3, 3)
     right = F.conv3d(x, w, padding=1)
+    asked = []
+    monkeypatch.setattr(torch, "mkldnn_convolution", lambda *each: asked.append(each) or right)
     with adaptconv.pinned("native", **ASKED):
+        adaptconv.conv3d(x, w, padding=1)
+        assert len(asked) == 1
         with torch.backends.mkldnn.flags(enabled=False):
             torch.testing.assert_close(adaptconv.conv3d(x, w, padding=1), right)
+        assert len(asked) == 1
         several = torch.func.vmap(lambda each: adaptconv.conv3d(each, w, padding=1))(torch.stack([x, 2 * x]))
         layer = nn.Sequential(adaptconv.AdaptiveConv3d(4, 6, 3, padding=1))
         program = torch.export.export(layer, (x,))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,14 +102,57 @@ def test_where_nothing_is_predicted_the_measured_gain_decides() -> None:
     assert carried_over(here, record_of(there, TURNED, 1.3), TURNED, 0.5).choice == PLAIN
 
 
-def test_a_record_of_no_problem_breaks_nothing() -> None:
-    here = case("grouped", "3x3", (9, 8), groups=2, pad=1).problem(Direction.FORWARD, torch.float32)
-    channels = f"c{here.c_in}-{here.c_out} g{here.groups}"
-    odd = here.key().replace(channels, f"c{here.c_in}-{here.c_out} g3")
-    assert here.c_in % 3 and odd != here.key()
-    for gain in (1.0, 9.0, 0.0):
-        record = replace(record_of(here, TURNED, gain), key=odd, p20_us=0.0 if gain == 0 else 1e3)
-        records.default_store().write(record)
-        assert dispatch.plan(here).source is Source.NEAREST
-    records.default_store().write(replace(record_of(here, TURNED, 0.0), p20_us=0.0))
-    assert dispatch.plan(replace(here, batch=3)).source is Source.NEAREST
+HERE = case("grouped", "3x3", (9, 8), channels=(4, 4), groups=4, pad=1).problem(Direction.FORWARD, torch.float32)
+ODD = {  # what a file may say in place of what is there
+    "groups that divide nothing": ("c4-4 g4", "c4-6 g4"),
+    "no outputs": (" p1x1 ", " p-1x-1 "),
+    "fewer than no outputs": (" p1x1 ", " p-9x-9 "),
+    "no input": (" i9x8 ", " i9x0 "),
+    "no batch": (f" n{HERE.batch} ".lstrip(), "n0 "),
+    "zeros without end": (" p1x1 ", " p9999999:1x1 "),
+    "no share of the taps": (" t3x3 ", " t3x3~0.00 "),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("backend", ["native", "gather", "cpp"])
+def test_a_record_of_no_problem_breaks_nothing(name: str, backend: str) -> None:
+    chosen = backend_named(backend)
+    if chosen.rejects(HERE):
+        pytest.skip(f"{backend} declines here")
+    key = HERE.key().replace(*ODD[name])
+    assert key != HERE.key()
+    for gain, p20_us in ((1.0, 1e3), (9.0, 1e3), (0.0, 0.0)):
+        record = replace(record_of(HERE, chosen.default(HERE), gain), p20_us=p20_us)
+        object.__setattr__(record, "key", key)
+        with contextlib.suppress(ValueError):  # most keys are refused on writing already
+            records.default_store().write(record)
+        records.advance()
+        assert dispatch.plan(HERE).choice.backend in ("native", backend)
+
+
+def test_shipped_records_fit_what_backends_declare() -> None:
+    """On the processor they are of; what a knob added later must not take from them."""
+    for pack in sorted(Path(records.__file__).parents[2].glob("tuning_db/cpu-*.json")):
+        for record in json.loads(pack.read_text())["records"]:
+            problem = problem_of(record["key"], Device("cpu", "any", 2))
+            backend = backend_named(record["backend"])
+            if backend.name == "cpp" or record["version"] != backend.version:
+                continue  # cpp may be without a compiler here
+            space = backend.space(problem)
+            config = dispatch._as_declared(record["config"], space)
+            said = space.problem_with(config)
+            other_kernels = said is not None and "compute" in said  # what torch has no kernels for differs by processor
+            assert backend.rejects(problem) is None and (said is None or other_kernels), (record["key"], said)
+
+
+def test_a_route_that_was_not_there_to_name_is_natives() -> None:
+    several = case("volume", "3x3x3", (4, 5, 6), channels=(4, 4), batch=2, pad=1).problem(
+        Direction.FORWARD, torch.float32
+    )
+    single = replace(several, batch=1)
+    records.default_store().write(record_of(several, PADDED, 4.0))
+    assert dispatch.plan(several).choice == PADDED
+    near = dispatch.plan(single)
+    assert near.source is Source.NEAREST, "a route more or less does not part neighbours"
+    assert "route" in backend_named("native").space(single).default

@@ -174,10 +174,11 @@ def _inside(problem: Problem) -> float:
     assert grid is not None
     for axis in range(problem.axes):
         before, extent, count = problem.padding[axis][0], problem.spatial[axis], problem.out_spatial[axis]
-        met = 0
+        pace, met = problem.stride[axis], 0
         for tap in range(grid.size[axis]):
             start = grid.origin[axis] + tap * grid.dilation[axis] - before
-            met += sum(0 <= start + i * problem.stride[axis] < extent for i in range(count))
+            first, end = max(-(start // pace), 0), min(-((start - extent) // pace), count)
+            met += max(end - first, 0)  # outputs that this tap meets inside
         shares.append(met / max(count * grid.size[axis], 1))
     return float(shares[0] * shares[-1] ** 0.5) or 1.0
 

@@ -20,6 +20,7 @@ from adaptconv.problem import Direction, Problem
 
 _MIB = 1 << 20
 _WORKSPACES = (4, 32, 256)  # MiB
+_MOST_KEPT = 1000  # indices of views that a plan keeps, a third of a kilobyte each
 _MOST_SLICES = 4000  # off the CPU: each is some microseconds of Python, whatever the GPU does meanwhile
 
 
@@ -123,22 +124,29 @@ class _Settled:
         problem: the problem.
         live: taps that can touch the input.
         pads: zeros around the input, as ``F.pad`` takes them.
-        chunks: images, rows of the output, and what each live tap reads of these images: the index of a view
-            ``[n, C_in, rows, *out_spatial[1:]]`` of the padded input.
+        chunks: images and rows of the output.
+        known: what each live tap reads for the rows that begin at a place: the index of a view
+            ``[n, C_in, rows, *out_spatial[1:]]`` of the padded input. Empty where that would be too much to keep.
     """
 
     problem: Problem
     live: tuple[int, ...]
     pads: list[int]
-    chunks: tuple[tuple[slice, slice, tuple[tuple[slice, ...], ...]], ...]
+    chunks: tuple[tuple[slice, slice], ...]
+    known: dict[int, tuple[tuple[slice, ...], ...]]
+
+    def reads(self, rows: slice) -> tuple[tuple[slice, ...], ...]:
+        """What each live tap reads for these rows."""
+        known = self.known.get(rows.start)
+        return tuple(_read_by(self.problem, tap, rows) for tap in self.live) if known is None else known
 
 
 def _settled(problem: Problem, bound: int) -> _Settled:
-    live = _live(problem)
-    chunks = tuple(
-        (images, rows, tuple(_read_by(problem, tap, rows) for tap in live)) for images, rows in _chunks(problem, bound)
-    )
-    return _Settled(problem, live, [zeros for pair in reversed(problem.padding) for zeros in pair], chunks)
+    live, chunks = _live(problem), tuple(_chunks(problem, bound))
+    starts = {rows.start: rows for _, rows in chunks}
+    few = len(starts) * len(live) <= _MOST_KEPT
+    known = {at: tuple(_read_by(problem, t, rows) for t in live) for at, rows in starts.items()} if few else {}
+    return _Settled(problem, live, [zeros for pair in reversed(problem.padding) for zeros in pair], chunks, known)
 
 
 def _read_by(problem: Problem, tap: int, rows: slice) -> tuple[slice, ...]:
@@ -202,8 +210,8 @@ def _forward(settled: _Settled, x: Tensor, w: Tensor, bias: Tensor | None) -> Te
         padded, matrix = _padded(x, settled.pads), _matrix(problem, w, settled.live)
         across = problem.out_spatial[1:]
         parts: dict[int, list[Tensor]] = {}
-        for images, rows, reads in settled.chunks:
-            found = torch.matmul(matrix, _columns(problem, padded[images], reads))
+        for images, rows in settled.chunks:
+            found = torch.matmul(matrix, _columns(problem, padded[images], settled.reads(rows)))
             shape = (found.shape[0], problem.c_out, rows.stop - rows.start, *across)
             parts.setdefault(images.start, []).append(found.reshape(shape))
         whole = [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts.values()]
@@ -222,14 +230,14 @@ def _grad_input(settled: _Settled, dy: Tensor, w: Tensor, _: Tensor | None) -> T
     padded = dy.new_zeros((problem.batch, problem.c_in, *padded_spatial), dtype=wide)
     if live:
         matrix = _matrix(problem, w, live).transpose(1, 2)
-        for images, rows, reads in settled.chunks:
+        for images, rows in settled.chunks:
             grad = dy[images][:, :, rows]
             spread = torch.matmul(
                 matrix, grad.reshape(grad.shape[0], problem.groups, problem.c_out // problem.groups, -1)
             )
             spread = spread.reshape(grad.shape[0], problem.c_in, len(live), *grad.shape[2:])
             chunk = padded[images]
-            for i, index in enumerate(reads):
+            for i, index in enumerate(settled.reads(rows)):
                 chunk[index].add_(spread[:, :, i])
     dx = F.pad(padded, [-zeros for zeros in settled.pads]).to(problem.torch_dtype)
     return laid_out(dx, problem.memory_format)
@@ -242,10 +250,12 @@ def _grad_weight(settled: _Settled, x: Tensor, dy: Tensor, _: Tensor | None) -> 
         return x.new_zeros(problem.weight_shape)
     padded = _padded(x, settled.pads)
     total: Tensor | None = None
-    for images, rows, reads in settled.chunks:
+    for images, rows in settled.chunks:
         grad = dy[images][:, :, rows]
         grad = grad.reshape(grad.shape[0], problem.groups, problem.c_out // problem.groups, -1)
-        found = torch.matmul(grad, _columns(problem, padded[images], reads).transpose(2, 3)).sum(0, dtype=wide)
+        found = torch.matmul(grad, _columns(problem, padded[images], settled.reads(rows)).transpose(2, 3)).sum(
+            0, dtype=wide
+        )
         total = found if total is None else total + found
     assert total is not None, "an empty batch is answered before any backend runs"
     dw = total.to(problem.torch_dtype).reshape(problem.c_out, problem.c_in // problem.groups, len(live))

@@ -149,6 +149,9 @@ def parse_key(key: str) -> Features:
     window = tuple(extent + length - 1 for extent, length in zip(window, lengths, strict=True))
     if not len(spatial) == len(stride) == len(padding) == len(window):
         raise ValueError(f"the fields of a key disagree on the number of axes: {key[:80]!r}")
+    density = float(match["density"] or 1)
+    if not density:
+        raise ValueError(f"not a share of the taps: {key[:80]!r}")
     if match["footprint"]:
         taps_class = "spread"
     elif match["density"]:
@@ -161,7 +164,7 @@ def parse_key(key: str) -> Features:
         taps_class = "irregular"
     return Features(
         match["direction"], int(match["batch"]), int(match["c_in"]), int(match["c_out"]), int(match["groups"]),
-        spatial, taps, taps_class, float(match["density"] or 1), window, dilation, stride, padding, match["dtype"],
+        spatial, taps, taps_class, density, window, dilation, stride, padding, match["dtype"],
         match["layout"], match["bias"] == "bias", match["fp32_precision"], match["order"] == "deterministic",
         match["device"],
     )  # fmt: skip
@@ -185,12 +188,15 @@ def problem_of(key: str, device: Device) -> Problem:
     channels = features.c_in, features.c_out
     if not features.groups or any(not count or count % features.groups for count in channels) or 0 in features.stride:
         raise ValueError(f"no problem has these channels, groups or strides: {key[:80]!r}")
-    return Problem(
+    problem = Problem(
         Direction(features.direction), features.batch, *channels, features.groups, features.spatial, taps,
         features.stride, features.padding, features.dtype, features.layout,
         device, features.bias, features.fp32_precision,
         features.deterministic,
     )  # fmt: skip
+    if min(problem.batch, *problem.spatial, *problem.out_spatial) < 1:
+        raise ValueError(f"nothing is computed by the problem of this key: {key[:80]!r}")
+    return problem
 
 
 def distance(a: Features, b: Features) -> float:

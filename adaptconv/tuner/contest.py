@@ -125,15 +125,17 @@ class _Contest:
         """Try what the searches propose until they have nothing more, or just the final's time is left."""
         halfway = (monotonic() + self._until(deadline)) / 2
         first = True
+        left: dict[Search, list[Choice]] = {}  # proposed, and out of time: there may be more, the final grew shorter
         try:
             while first or monotonic() < self._until(deadline):
                 if monotonic() > halfway:
                     for search in searches:
                         search.refine()
-                proposals = {search: search.propose(_BATCH) for search in searches}
+                proposals = {search: left.get(search) or search.propose(_BATCH) for search in searches}
                 if not any(proposals.values()):
                     return
-                self._screen_batch(proposals, self._until(deadline))
+                told = self._screen_batch(proposals, self._until(deadline))
+                left = {search: [c for c in choices if c not in told] for search, choices in proposals.items()}
                 first = False
         finally:
             for search in searches:
@@ -144,8 +146,8 @@ class _Contest:
         final_us = sum(self.sound[choice].ratio for choice in self._running(short=True)) * self.baseline_us
         return deadline - min(_FINAL * self.budget_s, _FINAL_ROUNDS * final_us * 1e-6)
 
-    def _screen_batch(self, proposals: Mapping[Search, list[Choice]], deadline: float) -> None:
-        """Check and time one batch. Out of time, each backend is still tried until one of its first few is sound."""
+    def _screen_batch(self, proposals: Mapping[Search, list[Choice]], deadline: float) -> Container[Choice]:
+        """Check and time one batch; whom there was time for. Each backend has a turn until one of its few is sound."""
         errors: dict[Choice, float] = {}
         first_us: dict[Choice, float] = {}
         told: dict[Choice, float | None] = {self.baseline: 1.0}
@@ -182,6 +184,7 @@ class _Contest:
             for choice in choices:
                 if choice in told:
                     search.tell(choice.config, told[choice])
+        return told
 
     def _in_turn(self, batch: Iterable[list[Choice]], sound: Container[str], deadline: float) -> Iterator[Choice]:
         """Of each backend the first few until one is ``sound``; then, while there is time, the rest, best predicted
