@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adaptconv import dispatch, records
 from adaptconv.backends import Choice, backend_named
+from adaptconv.backends.pointwise import is_pointwise
 from adaptconv.compile.optimize import collect_sites
 from adaptconv.problem import Problem
 from adaptconv.records import Record
@@ -41,7 +42,9 @@ def other_ways() -> Chooser:
         answers = [answer for answer in dispatch.decisions(problem) if answer.choice is not None]
         native = next((a.predicted_us for a in answers if a.backend == "native"), None)
         others = [a for a in answers if a.backend != "native"]
-        if len(problem.taps) == math.prod(problem.taps.window):  # a window without holes: dense is native's very call
+        if is_pointwise(problem) and problem.axes > 1:  # a matrix product as it stands: gathering changes nothing
+            others = [a for a in others if a.backend == "dense"]
+        elif len(problem.taps) == math.prod(problem.taps.window):  # a window without holes: dense is native's very call
             others = [a for a in others if a.backend != "dense"] or others
         quick = [a for a in others if not native or (a.predicted_us or 0.0) <= _SLOWEST * native]
         choice = drawn.choice(quick or [min(others, key=lambda a: a.predicted_us or 0.0)]).choice
