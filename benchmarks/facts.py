@@ -51,6 +51,16 @@ def keep_freed_memory() -> bool:
         return False
 
 
+def must_keep_freed_memory() -> None:
+    """``keep_freed_memory``, for who asked for it by ``--keep-memory``.
+
+    Raises:
+        SystemExit: this system cannot.
+    """
+    if not keep_freed_memory():
+        raise SystemExit("--keep-memory: this system's C library cannot be told to; leave it out")
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

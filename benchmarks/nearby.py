@@ -24,10 +24,10 @@ from tabulate import tabulate
 from adaptconv import dispatch, measure, trilinear
 from adaptconv.dispatch import Plan, Source
 from adaptconv.tuner.entrants import by_hand
-from benchmarks.facts import keep_freed_memory, machine_facts, write_results
+from benchmarks.facts import machine_facts, must_keep_freed_memory, write_results
 from benchmarks.layers.changes import changed
 from benchmarks.layers.tensors import DIRECTIONS, problems_of, tensors_of
-from benchmarks.suites import SUITES, Layer
+from benchmarks.suites import SUITES, Layer, check_layers
 
 _LOSS = 0.97
 _TOLD = 1.5  # times the fastest of the run, from which on a row is in the table
@@ -61,10 +61,10 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time, print the rows that lose or leave much, and the summary; write the file after every layer."""
+    """Time, print the rows that lose or leave much, and the summary; write the file after every problem."""
     arguments = _arguments(argv)
-    if arguments.keep_memory and not keep_freed_memory():
-        raise SystemExit("--keep-memory: this system's C library cannot be told to; leave it out")
+    if arguments.keep_memory:
+        must_keep_freed_memory()
     device = torch.device("cpu")
     facts = machine_facts(device) if arguments.out else None
     rows: list[Row] = []
@@ -95,9 +95,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-memory", action="store_true", help="as for benchmarks.run")
     parser.add_argument("--out", type=Path, help="write JSON here, after every problem")
     arguments = parser.parse_args(argv)
-    unknown = sorted(set(arguments.only or ()) - {layer.name for layer in SUITES[arguments.suite]})
-    if unknown:
-        parser.error(f"suite {arguments.suite} has no layer {', '.join(unknown)}; benchmarks.run --list names them")
+    check_layers(parser, arguments.suite, arguments.only)
     return arguments
 
 

@@ -29,10 +29,10 @@ from tabulate import tabulate
 from adaptconv import dispatch, measure, trilinear
 from adaptconv.dispatch import Plan, Source
 from adaptconv.tuner.entrants import by_hand
-from benchmarks.facts import keep_freed_memory, machine_facts, write_results
+from benchmarks.facts import machine_facts, must_keep_freed_memory, write_results
 from benchmarks.layers.exhaustive import Searched, searched
 from benchmarks.layers.tensors import DIRECTIONS, problems_of, tensors_of
-from benchmarks.suites import SUITES, Layer
+from benchmarks.suites import SUITES, Layer, check_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time, print the rows with regret and the summary, write the file after every row; 1 if a result is wrong."""
     arguments = _arguments(argv)
-    if arguments.keep_memory and not keep_freed_memory():
-        raise SystemExit("--keep-memory: this system's C library cannot be told to; leave it out")
+    if arguments.keep_memory:
+        must_keep_freed_memory()
     device = torch.device(arguments.device)
     facts = machine_facts(device) if arguments.out else None
     rows: list[Row | Searched] = []
@@ -103,9 +103,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-memory", action="store_true", help="as for benchmarks.run")
     parser.add_argument("--out", type=Path, help="write JSON here, after every problem")
     arguments = parser.parse_args(argv)
-    unknown = sorted(set(arguments.only or ()) - {layer.name for layer in SUITES[arguments.suite]})
-    if unknown:
-        parser.error(f"suite {arguments.suite} has no layer {', '.join(unknown)}; benchmarks.run --list names them")
+    check_layers(parser, arguments.suite, arguments.only)
     if arguments.exhaustive and arguments.native:
         parser.error("--native belongs to predictions; --exhaustive times torch's own call anyway")
     return arguments

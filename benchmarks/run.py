@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.facts import keep_freed_memory, machine_facts, merged, read_rows, write_results
+from benchmarks.facts import machine_facts, merged, must_keep_freed_memory, read_rows, write_results
 from benchmarks.layers.rows import Row, measured
 from benchmarks.layers.summary import means, summary, table
 from benchmarks.layers.tensors import DIRECTIONS, problems_of
@@ -99,8 +99,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every row asked for, those taken over from the file included."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    if arguments.keep_memory and not keep_freed_memory():
-        raise SystemExit("--keep-memory: this system's C library cannot be told to; leave it out")
+    if arguments.keep_memory:
+        must_keep_freed_memory()
     device = torch.device(arguments.device)
     facts = machine_facts(device)
     settings = _settings(arguments, facts)

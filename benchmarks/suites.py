@@ -6,7 +6,9 @@ cuts batch and channels, so that one native float32 forward takes about 1 to 200
 
 from __future__ import annotations
 
+import argparse
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -274,3 +276,10 @@ MUST_SHOW = (
 )  # fmt: skip
 """Layers whose rows a summary shows whatever they say: the classic dense kernel, kernels with holes of every sort, the
 smallest calls, and those of the dilated layers that gain most and least."""
+
+
+def check_layers(parser: argparse.ArgumentParser, suite: str, names: Iterable[str] | None) -> None:
+    """End with the parser's error where a suite has no layer of such a name."""
+    unknown = sorted(set(names or ()) - {layer.name for layer in SUITES[suite]})
+    if unknown:
+        parser.error(f"suite {suite} has no layer {', '.join(unknown)}; benchmarks.run --list names them")

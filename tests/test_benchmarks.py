@@ -20,8 +20,9 @@ from adaptconv.measure import Timing
 from adaptconv.problem import Direction
 from adaptconv.reference import reference, relative_error
 from adaptconv.taps import TapPattern
+from adaptconv.tuner import tune_problems
 from adaptconv.tuner.entrants import contenders
-from benchmarks import limits, regret
+from benchmarks import limits, nearby, regret
 from benchmarks.facts import merged, read_rows, write_results
 from benchmarks.layers import rows, summary
 from benchmarks.layers.by_hand import ways_of
@@ -394,3 +395,18 @@ def test_regret_asks_for_records_and_has_both_kinds(tmp_path: Path, capsys: pyte
     assert "2 problems, 0 more without a record; regret of tuned plans" in capsys.readouterr().out
     assert regret.main([*only, "--native"]) == 0
     assert "against native: least" in capsys.readouterr().out
+
+
+def test_nearby_times_what_is_carried_over_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "conformer-k31-infer", "--changes", "2", "--seconds", "0.02"]
+    assert nearby.main(only) == 0
+    assert "knows nothing near" in capsys.readouterr().out
+    assert regret.main([*only[:2], "--directions", "forward"]) == 0  # no record of it either
+    (layer,) = (layer for layer in SUITES["cpu"] if layer.name == "conformer-k31-infer")
+    tune_problems([layer.problem()], budget_s=0.5, progress=False)
+    out = tmp_path / "nearby.json"
+    assert nearby.main([*only, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 and {row["direction"] for row in rows} == {"forward"}
+    assert all(row["why"].startswith("nearest override record") and row["ratio"] > 0 for row in rows)
+    assert "2 problems near tuned ones" in capsys.readouterr().out
